@@ -165,30 +165,30 @@ class Constraint:
                 raise ConfigurationError(f"{layer.name} is {layer.weight.dtype}; a ball needs one of {allowed}.")
         self._reference = Reference.load(source, [layer for layer in radii if layer.role == "body"])
         self._kernel = Chunked(chosen["projection"])
-        self._balls = [ball for layer, radius in radii.items() if (ball := self._ball(layer, radius)) is not None]
+        self._balls = [self._ball(layer, given) for layer, given in radii.items()]
 
-    def _radii(self) -> dict[Layer, float | Relative]:
-        """The radius of every layer that is not free."""
+    def _radii(self) -> dict[Layer, list[float | Relative]]:
+        """The radii given for every layer that is not free; a tied layer can have several: the smallest counts."""
         chosen = self._settings
         taken = list(rows.select(self._layers, include=chosen["include"], exclude=chosen["exclude"]))
         body = [layer for layer, is_taken in taken if is_taken and layer.role == "body"]
-        radii: dict[Layer, float | Relative] = dict(zip(body, _radii_by_name(chosen["radius"], body), strict=True))
+        radii = dict(zip(body, _radii_by_name(chosen["radius"], body), strict=True))
         if chosen["head_radius"] is not None:
-            radii |= {layer: chosen["head_radius"] for layer, is_taken in taken if is_taken and layer.role == "head"}
+            radii |= {layer: [chosen["head_radius"]] for layer, is_taken in taken if is_taken and layer.role == "head"}
         if chosen["affine"] == "frozen":
             excluded = rows.matching([n for layer in self._layers for n in layer.names], chosen["exclude"], "exclude")
             affine = [la for la in self._layers if la.role == "body" and la.rows.kind in ("bias", "normalisation")]
-            radii |= {layer: 0.0 for layer in affine if excluded.isdisjoint(layer.names)}
-        return {layer: radius for layer, radius in radii.items() if radius != math.inf}
+            radii |= {layer: [0.0] for layer in affine if excluded.isdisjoint(layer.names)}
+        finite = {layer: [radius for radius in given if radius != math.inf] for layer, given in radii.items()}
+        return {layer: given for layer, given in finite.items() if given}
 
-    def _ball(self, layer: Layer, radius: float | Relative) -> Ball | None:
+    def _ball(self, layer: Layer, given: Sequence[float | Relative]) -> Ball:
         norm = self._settings["norm"]
+        own_norm = 0.0 if layer.role == "head" else reference_norm(layer, norm, self._reference)
+        radius = min(r.ratio * own_norm if isinstance(r, Relative) else r for r in given)
         if layer.role == "head":
-            assert not isinstance(radius, Relative)
             return Ball(layer, norm, radius, None)
-        own_norm = reference_norm(layer, norm, self._reference)
-        value = radius.ratio * own_norm if isinstance(radius, Relative) else radius
-        return make_ball(layer, norm, value, self._reference, self._reference_dtype)
+        return make_ball(layer, norm, radius, self._reference, self._reference_dtype)
 
     # ------------------------------------------------------------------------------------------------ projecting
 
@@ -403,20 +403,28 @@ def _radius_to_plain(radius: Radius) -> float | dict[str, Any]:
     if isinstance(radius, Mapping):
         if not radius:
             raise ConfigurationError("radius={} constrains nothing: give at least one pattern, such as {'*': 8.0}.")
-        return {"patterns": {p: _radius_to_plain(r) for p, r in radius.items()}}
+        return {"patterns": {p: _radius_to_plain(_not_nested(r)) for p, r in radius.items()}}
     return _require_radius(radius, "radius")
 
 
-def _radii_by_name(plain: float | dict[str, Any], layers: Sequence[Layer]) -> list[float | Relative]:
-    """The radius of each layer; infinite where no pattern matches."""
-    if isinstance(plain, float):
-        return [plain] * len(layers)
-    if "relative" in plain:
-        return [Relative(plain["relative"])] * len(layers)
+def _not_nested(radius: Radius) -> Radius:
+    if isinstance(radius, Mapping):
+        raise ConfigurationError(f"radius={radius!r} inside a mapping: give a number or Relative(ratio) for a pattern.")
+    return radius
+
+
+def _radii_by_name(plain: float | dict[str, Any], layers: Sequence[Layer]) -> list[list[float | Relative]]:
+    """The radii of each layer: one, or with patterns that of the first that matches, for each of its names."""
+    if isinstance(plain, float) or "relative" in plain:
+        return [[_to_radius(plain)] for _ in layers]
     names = [name for layer in layers for name in layer.names]
     hits = {pattern: rows.matching(names, [pattern], "radius") for pattern in plain["patterns"]}
-    result: list[float | Relative] = []
-    for layer in layers:
-        pattern = next((p for p, hit in hits.items() if not hit.isdisjoint(layer.names)), None)
-        result.append(math.inf if pattern is None else _radii_by_name(plain["patterns"][pattern], [layer])[0])
-    return result
+    by_name = {
+        name: _to_radius(next((plain["patterns"][p] for p, hit in hits.items() if name in hit), math.inf))
+        for name in names
+    }
+    return [[by_name[name] for name in layer.names] for layer in layers]
+
+
+def _to_radius(plain: float | dict[str, float]) -> float | Relative:
+    return Relative(plain["relative"]) if isinstance(plain, dict) else plain
