@@ -144,6 +144,10 @@ class TestLoad:
         with pytest.raises(ConfigurationError, match=r"'resnet10' is neither a known network nor a file.*'resnet10t'"):
             models.load("resnet10", classes=3)
 
+    def test_unknown_head(self):
+        with pytest.raises(ConfigurationError, match="head='glorot' is not known: use pool or flatten"):
+            models.load("test_resnet", classes=3, head="glorot", pretrained=False)
+
     def test_size_that_is_too_small(self):
         with pytest.raises(ConfigurationError, match="size=8: torchvision:inception_v3 does not take images of that"):
             models.load("torchvision:inception_v3", classes=3, size=8, pretrained=False)
