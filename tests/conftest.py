@@ -13,7 +13,7 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def tiny_inputs(tmp_path_factory):
-    """A folder of little images in three classes that their colour tells apart, and random weights of a tiny network."""
+    """A folder of little images in three classes, told apart by colour, and random weights of a tiny network."""
     import timm
     import torch
     from PIL import Image
@@ -54,3 +54,16 @@ def tiny(tiny_inputs, tmp_path):
         return FinetuneConfig(**usual | values)
 
     return configure
+
+
+@pytest.fixture
+def tethertune(capsys):
+    """``tethertune("distances", file)`` runs a command in this process; gives its exit code, stdout and stderr."""
+    from tethertune import cli
+
+    def call(*words):
+        capsys.readouterr()
+        code = cli.run([str(word) for word in words])
+        return code, *capsys.readouterr()
+
+    return call

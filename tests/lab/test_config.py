@@ -57,11 +57,11 @@ def test_a_configuration_with_its_defaults_filled_in_is_the_same_configuration()
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"radius": -1}, "--radius -1 is not allowed"),
+        ({"radius": -1}, "--radius -1.0 is not allowed"),
         ({"radius": math.nan}, "--radius nan is not allowed"),
         ({"head_radius": -0.5}, "--head-radius -0.5 is not allowed"),
         ({"method": "l2-sp", "strength": math.inf}, "--strength inf is not allowed"),
-        ({"lr": 0}, "--lr 0 is not allowed"),
+        ({"lr": 0}, "--lr 0.0 is not allowed"),
         ({"head_lr": math.nan}, "--head-lr nan is not allowed"),
         ({"epochs": 0}, "--epochs 0 is not allowed"),
         ({"epochs": 1.5}, "--epochs 1.5 is not allowed: use a whole number"),
@@ -74,9 +74,9 @@ def test_a_configuration_with_its_defaults_filled_in_is_the_same_configuration()
         ({"method": "mars-pgn"}, "Did you mean 'mars-pgm'"),
         ({"method": 3}, "--method 3 is not allowed: use text"),
         ({"include": "fc"}, "use a list of name patterns"),
-        ({"radius": 1, "relative_radius": 0.1}, "--radius 1 and --relative-radius 0.1: give one"),
-        ({"method": "none", "radius": 1}, "--radius 1 goes with --method l2-pgm, mars-pgm, not with none"),
-        ({"method": "mars-pgm", "strength": 1}, "--strength 1 goes with --method l2-sp, mars-sp, delta"),
+        ({"radius": 1, "relative_radius": 0.1}, "--radius 1.0 and --relative-radius 0.1: give one"),
+        ({"method": "none", "radius": 1}, "--radius 1.0 goes with --method l2-pgm, mars-pgm, not with none"),
+        ({"method": "mars-pgm", "strength": 1}, "--strength 1.0 goes with --method l2-sp, mars-sp, delta"),
         ({"method": "l2-pgm", "projection": "euclidean"}, "--projection euclidean goes with --method mars-pgm"),
         ({"method": "l2-sp", "affine": "frozen"}, "--affine frozen goes with"),
         ({"method": "l2-sp", "attention": "none"}, "--attention none goes with --method delta"),
@@ -125,8 +125,9 @@ def test_toml_round_trip(tmp_path):
     made = config(
         data='a "quoted" \\ path', radius=math.inf, head_radius=12, include=("a.*", "b"), augment=True, lr=1e-7, size=64
     )
-    (tmp_path / "run.toml").write_text(made.to_toml(), encoding="utf-8")
-    assert load_toml(tmp_path / "run.toml") == made
+    for config_ in (made, config(method="delta")):
+        (tmp_path / "run.toml").write_text(config_.to_toml(), encoding="utf-8")
+        assert load_toml(tmp_path / "run.toml") == config_
 
 
 def test_toml_values_are_overridden_before_they_are_checked(tmp_path):

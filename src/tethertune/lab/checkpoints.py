@@ -177,7 +177,7 @@ def _read_torch(file: Path) -> Any:
 
 def _broken(file: Path, error: Exception) -> CheckpointError:
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    if isinstance(error, UnpicklingError):
+    if isinstance(error, (UnpicklingError, LookupError)):  # a LookupError's text is the bare key
         reason = "it is not what torch.save writes"
     with file.open("rb") as opened:
         if opened.read(23) == b"version https://git-lfs":

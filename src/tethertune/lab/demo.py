@@ -83,10 +83,13 @@ def run(output: Path) -> Path:
 
 
 def _outcomes(configs: list[FinetuneConfig]) -> Iterator[str]:
-    """A line a run, as they end."""
-    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+    """A line a run, as they end; after an error, those that have not begun never do."""
+    pool = ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("spawn"))
+    try:
         for future in as_completed([pool.submit(_finetune, config) for config in configs]):
             yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _finetune(config: FinetuneConfig) -> str:

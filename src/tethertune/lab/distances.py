@@ -89,7 +89,11 @@ def compare(
         layers = _by_axis(state, centre, f"{source} is not of the same network as {checkpoint}")
     else:
         words = f"by the types of the modules of {arch}, {convention} convention"
-        layers = _by_module(state, centre, arch, int(noted["size"]) if "size" in noted else None, convention)
+        size = int(noted["size"]) if "size" in noted else None
+        try:
+            layers = _by_module(state, centre, arch, size, convention)
+        except (CheckpointError, ReferenceMismatchError) as error:
+            raise type(error)(f"{checkpoint}, measured from {source}: {error}") from error
     return Comparison(str(checkpoint), source, words, layers)
 
 

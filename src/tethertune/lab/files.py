@@ -28,7 +28,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     by the suffix, and is unique, for processes that race for one name.
 
     Raises:
-        OSError: The parent folder cannot be created or written, or the disk is full.
+        OSError: The parent folder cannot be created or written, or the disk is full; it names ``path``.
 
     Example:
         >>> import tempfile
@@ -45,8 +45,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)  # noqa: PTH105 - the system call itself: the one moment that matters
-    except BaseException:
+    except BaseException as error:
         _remove(temporary)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)
         raise
     _sync_entry(path.parent)
 

@@ -92,7 +92,10 @@ def load(
     size = size or wanted.size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = architecture.build(classes, size, state)
+        try:
+            model = architecture.build(classes, size, state)
+        except CheckpointError as error:
+            raise CheckpointError(f"{weights or name}: {error} Name the network that they are of.") from error
     head_name = architecture.head(model)
     visits = _visits(model, head_name, size, architecture.name)
     if head == "pool":
