@@ -19,18 +19,6 @@ from tethertune.lab.config import FinetuneConfig, load_toml
 COMMANDS = ["finetune", "distances", "report", "config", "demo"]
 
 
-@pytest.fixture
-def tethertune(capsys):
-    """Runs a command in this process; gives its exit code, stdout and stderr."""
-
-    def call(*words):
-        capsys.readouterr()
-        code = cli.run([str(word) for word in words])
-        return code, *capsys.readouterr()
-
-    return call
-
-
 def processor_seconds_of_children():
     times = os.times()
     return times.children_user + times.children_system

@@ -9,7 +9,7 @@ from tethertune import norms
 from tethertune.errors import ConfigurationError
 from tethertune.kernels.chunked import Chunked
 from tethertune.reference import Reference, like
-from tethertune.rows import Layer
+from tethertune.rows import Layer, Rows
 from tethertune.sharding import full, local, refuse_split_rows, shard_like
 
 __all__ = ["AUTHORS_EPSILON", "Ball", "Block", "make_ball", "reference_norm"]
@@ -47,6 +47,7 @@ class Ball:
         norm: ``"mars"`` or ``"frobenius"``.
         radius: gamma_j, finite, in the norm.
         centre: The reference, whole or sharded; ``None`` for the head's ball around 0.
+        size: The norm of the centre.
         centre_variance: The reference running variance of a batch-norm scale under the authors' convention.
         shift: How far a lossy reference lies from the true one, in the norm: (rows,) for MARS, 0-d for Frobenius.
     """
@@ -55,6 +56,7 @@ class Ball:
     norm: str
     radius: float
     centre: Tensor | None
+    size: float = 0.0
     centre_variance: Tensor | None = None
     shift: Tensor | None = None
     _prepared: tuple[object, Tensor, Tensor, Tensor | None] | None = field(default=None, repr=False)
@@ -63,6 +65,11 @@ class Ball:
     def by_row(self) -> bool:
         """Whether each row has a ball of its own: always in the MARS norm, and for a batch-norm scale."""
         return self.norm == "mars" or self.centre_variance is not None
+
+    @property
+    def _rows(self) -> Rows:
+        """How the weight is cut for the kernel; where rows do not matter, along axis 0, however it is sharded."""
+        return self.layer.rows if self.by_row else Rows("other")
 
     @property
     def room(self) -> float:
@@ -82,21 +89,19 @@ class Ball:
         centre, radius, shift = self._prepare(weight, W, device or W.device)
         if self.centre_variance is not None:
             return [self._batch_norm_block(W, centre, radius)]
-        cut = self.layer.rows.blocks
-        rows = radius.chunk(self.layer.rows.groups)
-        shifts = [None] * len(rows) if shift is None else shift.chunk(self.layer.rows.groups)
-        return [Block(w, c, r, shift=s) for w, c, r, s in zip(cut(W), cut(centre), rows, shifts, strict=True)]
+        cut = self._rows.blocks
+        radii = radius.chunk(self._rows.groups)
+        shifts = [None] * len(radii) if shift is None else shift.chunk(self._rows.groups)
+        return [Block(w, c, r, shift=s) for w, c, r, s in zip(cut(W), cut(centre), radii, shifts, strict=True)]
 
     def _prepare(self, weight: Tensor, W: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         """Centre, radius of each row and shift, local; made again only when the weight changes its form."""
         form = (id(weight), W.dtype, W.device, W.shape, W.stride())
         if self._prepared is None or self._prepared[0] != form:
-            rows = self.layer.rows
-            refuse_split_rows(
-                weight,
-                self.layer.name,
-                axis_0=rows.axis == 0 and rows.groups == 1 and not (rows.single and self.by_row),
-            )
+            rows = self._rows
+            if self.by_row:
+                axis_0 = rows.axis == 0 and rows.groups == 1 and not rows.single
+                refuse_split_rows(weight, self.layer.name, axis_0=axis_0)
             if self.centre is None:
                 centre = torch.zeros((), dtype=W.dtype, device=W.device).expand(W.shape)
             else:
@@ -113,14 +118,21 @@ class Ball:
         variance = self.layer.module.running_var
         assert isinstance(variance, Tensor)
         assert self.centre_variance is not None
-        deviation = (variance.double() + AUTHORS_EPSILON).sqrt()
-        start = (self.centre_variance.to(W.device).double() + AUTHORS_EPSILON).sqrt()
-        moved = centre.to(W.device).double() / start * deviation
+        deviation, start = (
+            (shard_like(v.to(W.device), self.layer.weight).double() + AUTHORS_EPSILON).sqrt()
+            for v in (variance, self.centre_variance)
+        )
+        moved = centre.to(W.device).double() * (deviation / start)
         return Block(W.unsqueeze(1), moved.unsqueeze(1), radius * deviation, unit=deviation)
 
-    def distances(self, kernel: Chunked) -> Tensor:
-        """The distance of each local row (MARS) or the sum of squares of each local chunk (Frobenius), float64, 1-d."""
-        blocks = self.blocks()
+    def distances(self, kernel: Chunked, *, device: torch.device | None = None) -> Tensor:
+        """The distance of each local row (MARS) or the sum of squares of each local chunk (Frobenius), float64, 1-d.
+
+        Args:
+            kernel: What measures them.
+            device: Where the centre is kept; ``None``: beside the weight.
+        """
+        blocks = self.blocks(device=device)
         if not self.by_row:
             return kernel.squares([(block.weight, block.centre) for block in blocks], exactly=True)
         parts = [torch.zeros(0, dtype=torch.float64, device=local(self.layer.weight).device)]
@@ -131,8 +143,10 @@ class Ball:
         return torch.cat(parts)
 
 
-def make_ball(layer: Layer, norm: str, radius: float, reference: Reference, dtype: torch.dtype | None) -> Ball:
-    """The ball around a layer's reference, with the reference stored in the given dtype.
+def make_ball(
+    layer: Layer, norm: str, radius: float, size: float, reference: Reference, dtype: torch.dtype | None
+) -> Ball:
+    """The ball around a layer's reference of the norm ``size``, with the reference stored in the given dtype.
 
     Raises:
         ConfigurationError: The centre, in the stored dtype or in the weight's, is further from the reference than the
@@ -140,25 +154,27 @@ def make_ball(layer: Layer, norm: str, radius: float, reference: Reference, dtyp
     """
     true = reference[layer.name]
     variance = reference[layer.variance_name] if layer.rows.kind == "scale" else None
-    stored = true if dtype is None else true.to(dtype)
-    shift = None
-    for what, rounded in (("reference_dtype", stored), ("the weights' dtype", stored.to(layer.weight.dtype))):
-        distance = _distance(layer, norm, local(rounded), local(true))
-        if bool((distance > radius).any()):
+    stored = true if dtype is None or variance is not None else true.to(dtype)
+    shift = _distance(layer, norm, stored, true)
+    floor = _distance(layer, norm, stored.to(layer.weight.dtype), stored)
+    for what, rounded, moved in (
+        ("reference_dtype", stored.dtype, shift),
+        ("the weights' dtype", layer.weight.dtype, shift + floor),
+    ):
+        if bool((moved > radius).any()):
             raise ConfigurationError(
-                f"{what}={rounded.dtype} moves the centre of {layer.name} by up to {float(distance.max()):.3g}, more"
+                f"{what}={rounded} moves the centre of {layer.name} by up to {float(moved.max()):.3g}, more"
                 f" than its radius {radius:.3g}: keep the reference in {true.dtype}, or choose a larger radius."
             )
-        if rounded is stored and bool(distance.any()):
-            shift = distance
-    return Ball(layer, norm, radius, stored, variance, shift)
+    size += float(shift.max())
+    return Ball(layer, norm, radius, stored, size, variance, shift if bool(shift.any()) else None)
 
 
 def _distance(layer: Layer, norm: str, a: Tensor, b: Tensor) -> Tensor:
     """How far two versions of a layer lie apart: (rows,) for MARS, 0-d for Frobenius, float64."""
     if a.dtype == b.dtype or not a.numel():
         return torch.zeros((), dtype=torch.float64, device=a.device)
-    T = layer.rows.matrix(a.double() - b.double())
+    T = layer.rows.matrix(full(a).double() - full(b).double())
     return norms.row_sums(T) if norm == "mars" else norms.frobenius(T)
 
 

@@ -12,7 +12,13 @@ from torch.optim import Optimizer
 from tethertune import rows
 from tethertune.attachment import inner_optimizer, require_parameters
 from tethertune.balls import Ball, make_ball, reference_norm
-from tethertune.errors import ConfigurationError, NonFiniteWeightError, ReferenceMismatchError, did_you_mean
+from tethertune.errors import (
+    ConfigurationError,
+    NonFiniteWeightError,
+    ReferenceMismatchError,
+    TethertuneError,
+    did_you_mean,
+)
 from tethertune.kernels.chunked import Chunked, Parts
 from tethertune.reference import Reference, Source
 from tethertune.rows import Convention, Layer, Role
@@ -164,6 +170,8 @@ class Constraint:
                 allowed = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
                 raise ConfigurationError(f"{layer.name} is {layer.weight.dtype}; a ball needs one of {allowed}.")
         self._reference = Reference.load(source, [layer for layer in radii if layer.role == "body"])
+        if self._reference_device is not None:
+            self._reference = self._reference.to(device=self._reference_device)
         self._kernel = Chunked(chosen["projection"])
         self._balls = [self._ball(layer, given) for layer, given in radii.items()]
 
@@ -184,11 +192,11 @@ class Constraint:
 
     def _ball(self, layer: Layer, given: Sequence[float | Relative]) -> Ball:
         norm = self._settings["norm"]
-        own_norm = 0.0 if layer.role == "head" else reference_norm(layer, norm, self._reference)
-        radius = min(r.ratio * own_norm if isinstance(r, Relative) else r for r in given)
+        size = 0.0 if layer.role == "head" else reference_norm(layer, norm, self._reference)
+        radius = min(r.ratio * size if isinstance(r, Relative) else r for r in given)
         if layer.role == "head":
             return Ball(layer, norm, radius, None)
-        return make_ball(layer, norm, radius, self._reference, self._reference_dtype)
+        return make_ball(layer, norm, radius, size, self._reference, self._reference_dtype)
 
     # ------------------------------------------------------------------------------------------------ projecting
 
@@ -226,7 +234,9 @@ class Constraint:
         for ball in balls:
             if ball.by_row:
                 for block in ball.blocks(device=self._reference_device):
-                    self._count_broken(self._kernel.rows(block.weight, block.centre, block.radius), block.weight)
+                    size = ball.size if block.unit is None else math.inf  # known in that unit alone
+                    broken = self._kernel.rows(block.weight, block.centre, block.radius, size=size)
+                    self._count_broken(broken, block.weight)
         self._project_frobenius([ball for ball in balls if not ball.by_row])
         if self._broken and (self._steps % self._check_every == 0 or torch.device("cpu") in self._broken):
             self._look()
@@ -239,17 +249,15 @@ class Constraint:
             if is_sharded(ball.layer.weight) or ball.layer.weight.device.type != "cpu":
                 apart.append((ball, parts))
             else:
-                self._count_broken(self._kernel.frobenius(parts, ball.room), ball.layer.weight)
+                self._count_broken(self._kernel.frobenius(parts, ball.room, size=ball.size), ball.layer.weight)
         if not apart:
             return
-        squares = [self._kernel.squares(parts, exactly=True) for _, parts in apart]
+        shares = [self._kernel.shares(parts) for _, parts in apart]
         weights = [ball.layer.weight for ball, _ in apart]
-        totals = reduce_over_shards(
-            torch.stack([s.sum().to(w.device) for s, w in zip(squares, weights, strict=True)]), weights
-        )
-        for (ball, pieces), square, total in zip(apart, squares, totals, strict=True):
-            self._kernel.scale(pieces, ball.room, square, total)
-            self._count_broken((~total.isfinite()).long(), total)
+        totals = reduce_over_shards([s.sum(dim=0).to(w.device) for s, w in zip(shares, weights, strict=True)], weights)
+        for (ball, pieces), share, total in zip(apart, shares, totals, strict=True):
+            self._kernel.scale(pieces, ball.room, share, total)
+            self._count_broken((~total[0].isfinite()).long(), total)
 
     # ---------------------------------------------------------------------------------------- weights not finite
 
@@ -288,31 +296,22 @@ class Constraint:
             NonFiniteWeightError: A step since the last look met a row that is not finite.
         """
         self._look()
-        values, active, radii = [], [], []
-        for ball in self._balls:
-            measured = ball.distances(self._kernel)
-            radii.append(ball.radius)
-            if ball.by_row:
-                values.append(measured.max() if len(measured) else _zero(ball))
-                at_radius = (measured >= AT_RADIUS * ball.radius) & (measured > 0)
-                active.append(at_radius.sum().double())
-            else:
-                values.append(measured.sum())
-                active.append(_zero(ball))
-        if not values:
-            return {}
         weights = [ball.layer.weight for ball in self._balls]
-        value = torch.stack([v.cpu() for v in values]) if not any(map(is_sharded, weights)) else torch.stack(values)
-        count = torch.stack([a.to(value.device) for a in active])
-        if any(map(is_sharded, weights)):
-            total = reduce_over_shards(value, weights, "sum")
-            largest = reduce_over_shards(value, weights, "max")
-            count = reduce_over_shards(count, weights, "sum")
-            value = torch.where(torch.tensor([b.by_row for b in self._balls], device=value.device), largest, total)
+        measured = [self._measure(ball) for ball in self._balls]
+        totals = reduce_over_shards(measured, weights, "sum")
+        largest = reduce_over_shards(measured, weights, "max")
         return {
-            ball.layer.name: self._distance(ball, v, int(a))
-            for ball, v, a in zip(self._balls, value.tolist(), count.tolist(), strict=True)
+            ball.layer.name: self._distance(ball, (most if ball.by_row else total)[0].item(), int(total[1]))
+            for ball, total, most in zip(self._balls, totals, largest, strict=True)
         }
+
+    def _measure(self, ball: Ball) -> Tensor:
+        """The local rows' largest distance and how many are at their radius, or the sum of squares; (2,)."""
+        measured = ball.distances(self._kernel, device=self._reference_device).to(local(ball.layer.weight).device)
+        if not ball.by_row:
+            return torch.stack([measured.sum(), measured.new_zeros(())])
+        at_radius = (measured >= AT_RADIUS * ball.radius) & (measured > 0)
+        return torch.stack([measured.max() if len(measured) else measured.sum(), at_radius.sum().double()])
 
     def _distance(self, ball: Ball, value: float, active: int) -> Distance:
         count = ball.layer.rows.shape(ball.layer.weight)[0]
@@ -359,25 +358,23 @@ class Constraint:
 
         Raises:
             ReferenceMismatchError: This constraint's reference is not the saved one's, for instance because it was
-                built from a fine-tuned checkpoint; nothing is changed then.
+                built from a fine-tuned checkpoint.
+            ConfigurationError: The saved settings do not fit this model.
+
+        Whatever is raised, nothing is changed then.
         """
-        before = self._settings, self._layers, self._balls, self._reference, self._kernel, self._fingerprint
+        before = vars(self).copy()
         self._settings, self._fingerprint = dict(state["settings"]), None
         try:
             self._build(self._reference)
-            same = self.state_dict()["fingerprint"] == state["fingerprint"]
-        except ReferenceMismatchError:
-            same = False
-        if not same:
-            self._settings, self._layers, self._balls, self._reference, self._kernel, self._fingerprint = before
-            raise ReferenceMismatchError(
-                "The reference is not the one that this state was saved with: build the constraint with"
-                " reference= the original pre-trained weights (before loading the fine-tuned ones), then load."
-            )
-
-
-def _zero(ball: Ball) -> Tensor:
-    return torch.zeros((), dtype=torch.float64, device=local(ball.layer.weight).device)
+            if self.state_dict()["fingerprint"] != state["fingerprint"]:
+                raise ReferenceMismatchError(
+                    "The reference is not the one that this state was saved with: build the constraint with"
+                    " reference= the original pre-trained weights (before loading the fine-tuned ones), then load."
+                )
+        except TethertuneError:
+            vars(self).update(before)
+            raise
 
 
 def _one_of(argument: str, given: str, allowed: Sequence[str]) -> str:

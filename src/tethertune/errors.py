@@ -75,5 +75,5 @@ class MissingExtraError(TethertuneError, ImportError):
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """`` Did you mean 'x' or 'y'?`` for the names closest to the given one; empty when none is close."""
-    close = get_close_matches(given, list(allowed), n=3, cutoff=0.6)
+    close = get_close_matches(given, dict.fromkeys(allowed), n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

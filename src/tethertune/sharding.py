@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
 
@@ -73,29 +74,28 @@ def refuse_split_rows(weight: Tensor, name: str, *, axis_0: bool) -> None:
         )
 
 
-def reduce_over_shards(values: Tensor, weights: Sequence[Tensor], operation: str = "sum") -> Tensor:
+def reduce_over_shards(values: Sequence[Tensor], weights: Sequence[Tensor], operation: str = "sum") -> list[Tensor]:
     """Combine each value over the ranks that hold a shard of its weight: one collective call for each mesh axis.
 
     Args:
-        values: This rank's part, one a weight, (weights,).
+        values: This rank's part, one a weight, all of one shape, each on its weight's device.
         weights: The weights; the values of those that are not sharded stay as they are.
         operation: ``"sum"`` or ``"max"``.
 
     Returns:
-        Of the shape of ``values``, equal on all ranks.
+        The combined values, equal on all ranks.
     """
-    groups: dict[tuple[int, int], list[int]] = {}
+    groups: dict[tuple[DeviceMesh, int], list[int]] = {}
     for i, weight in enumerate(weights):
         if is_sharded(weight):
             for axis, placement in enumerate(weight.placements):
                 if placement.is_shard():
-                    groups.setdefault((id(weight.device_mesh), axis), []).append(i)
-    values = values.clone()
-    for (_, axis), members in groups.items():
-        first = weights[members[0]]
-        assert is_sharded(first)
-        packed = values[members]
+                    groups.setdefault((weight.device_mesh, axis), []).append(i)
+    result = list(values)
+    for (mesh, axis), members in groups.items():
+        packed = torch.stack([result[i] for i in members])
         how = torch.distributed.ReduceOp.SUM if operation == "sum" else torch.distributed.ReduceOp.MAX
-        torch.distributed.all_reduce(packed, how, group=first.device_mesh.get_group(axis))
-        values[members] = packed
-    return values
+        torch.distributed.all_reduce(packed, how, group=mesh.get_group(axis))
+        for i, value in zip(members, packed, strict=True):
+            result[i] = value
+    return result

@@ -30,11 +30,10 @@ def rows(W: Tensor, centre: Tensor, radius: Tensor, projection: Projection) -> t
     Returns:
         The weights, and which rows are not finite (these are left as they are), bool, (rows,).
     """
-    centre = centre.double()
-    T = W.double() - centre
+    T = W.double() - centre.double()
     distance = norms.row_sums(T)
     finite = distance.isfinite()
-    rounded = (centre + projection(T, radius * (1 - 2 * MARGIN))).to(W.dtype)
+    rounded = (centre.double() + projection(T, radius * (1 - 2 * MARGIN))).to(W.dtype)
     fitted = fit(rounded, centre, radius * (1 - MARGIN), power=1)
     return torch.where(((distance > radius) & finite).unsqueeze(1), fitted, W), ~finite
 
@@ -45,12 +44,13 @@ def scaled(W: Tensor, centre: Tensor, scale: Tensor, budget: Tensor) -> Tensor:
     Args:
         W: Stored weights, of any shape.
         centre: Their reference, of the same shape.
-        scale: Float64, 0-d; ``scale**2`` times the part's sum of squares is within the budget.
+        scale: Float64, 0-d; ``scale**2`` times the part's sum of squares, plus its floor (see
+            :mod:`tethertune.kernels.rounding`), is within the budget.
         budget: The largest sum of squares of the result, float64, 0-d.
 
     Returns:
         The scaled weights, of the shape and dtype of ``W``.
     """
-    flat, centre = W.reshape(1, -1), centre.double().reshape(1, -1)
-    rounded = (centre + (flat.double() - centre) * scale).to(W.dtype)
+    flat, centre = W.reshape(1, -1), centre.reshape(1, -1)
+    rounded = (centre.double() + (flat.double() - centre.double()) * scale).to(W.dtype)
     return fit(rounded, centre, budget.reshape(1), power=2).view(W.shape)

@@ -3,14 +3,20 @@ r"""From a real projection to stored numbers: rounding that cannot leave the bal
 Rounding to nearest moves each weight by at most half a unit in the last place, and about half of all projected rows
 end outside by a few of them. In float32 that is :math:`10^{-7}` of the radius; in bfloat16 it is up to some percent.
 So the result is rounded to nearest, measured, and where it is outside, just enough of its weights are moved by ONE
-unit in the last place towards the centre. One pass always suffices: a weight moved towards the centre after rounding
-to nearest is at least as near to it as the unrounded weight was, and the unrounded row was inside.
+unit in the last place towards the centre. One pass suffices where the centre is a stored number itself: a weight moved
+towards the centre after rounding to nearest is at least as near to it as the unrounded weight was, and the unrounded
+row was inside.
+
+The centre may also lie between stored numbers (16-bit weights around a float32 reference). Then no weight comes nearer
+to it than the stored number nearest to the centre, its *floor*, and a second pass moves weights there.
 """
 
 import torch
 from torch import Tensor
 
-__all__ = ["MARGIN", "fit", "step_towards"]
+from tethertune import norms
+
+__all__ = ["MARGIN", "fit", "floor", "holds", "step_towards"]
 
 MARGIN = 2.0**-40
 """The share of the radius by which projections aim inside, so that float64 sums may be taken in any order."""
@@ -42,17 +48,35 @@ def fit(W: Tensor, centre: Tensor, budget: Tensor, power: int) -> Tensor:
 
     Args:
         W: Stored weights (rows, columns), each row a rounded point of the ball.
-        centre: The centre, float64, of the same shape.
-        budget: The largest allowed :math:`\sum_i |W_{ri} - c_{ri}|^p` a row, float64, (rows,).
+        centre: The centre, of the same shape and any floating dtype.
+        budget: The largest allowed :math:`\sum_i |W_{ri} - c_{ri}|^p` a row, float64, (rows,); at least its floor.
         power: p, 1 for the l1 norm of rows or 2 for the squared Frobenius norm.
 
     Returns:
         The weights, of the shape and dtype of ``W``.
     """
+    W = _move(W, step_towards(W, centre), centre, budget, power)
+    return W if holds(W, centre) else _move(W, centre.to(W.dtype), centre, budget, power)
+
+
+def _move(W: Tensor, closer: Tensor, centre: Tensor, budget: Tensor, power: int) -> Tensor:
+    """Replace weights by closer ones, first to last in each row, until the row is within its budget."""
+    centre = centre.double()
     size = (W.double() - centre).abs() ** power
-    closer = step_towards(W, centre)
     gain = (size - (closer.double() - centre).abs() ** power).clamp_(min=0)
-    excess = size.sum(dim=1) - budget
+    excess = norms.add_up_rows(size) - budget
     gained_before = gain.cumsum(dim=1) - gain
     taken = (gained_before < excess.unsqueeze(1)) & (gain > 0)
     return torch.where(taken, closer, W)
+
+
+def holds(W: Tensor, centre: Tensor) -> bool:
+    """Whether the dtype of the weights has every number of the centre's."""
+    return torch.promote_types(W.dtype, centre.dtype) == W.dtype
+
+
+def floor(W: Tensor, centre: Tensor) -> Tensor:
+    """The smallest sum of squares that weights in the dtype of ``W`` can have around the centre, float64, 0-d."""
+    if holds(W, centre):
+        return torch.zeros((), dtype=torch.float64, device=W.device)
+    return norms.frobenius(centre.to(W.dtype).double() - centre.double()).square()
