@@ -98,7 +98,7 @@ def _finetune(config: FinetuneConfig) -> str:
     outcome = finetune(config, quiet=True).info["outcome"]
     head = f"{config.head} head, lr {config.lr:g}"
     accuracy, seconds = outcome["test_accuracy"], outcome["seconds"]
-    return f"{config.method:8} seed {config.seed}, {head:21} test accuracy {accuracy:.1%}, {seconds:.0f} s"
+    return f"{config.method:8} seed {config.seed}, {head:23} test accuracy {accuracy:.1%}, {seconds:.0f} s"
 
 
 def _show(runs: Path, console: "Console") -> None:
