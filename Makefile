@@ -8,7 +8,7 @@ demo: setup            ## fine-tune a real network with every method on the embe
 	$(BIN)/tethertune demo --output demo
 
 test: lint             ## lint, types, every test (slow ones too), with coverage
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov --cov-report=term
 
 lint: setup            ## formatting, lint, types
 	$(BIN)/ruff format --check .
