@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -101,8 +102,8 @@ def main() -> None:
         low, median, high = statistics.quantiles(values, n=4)
         print(f"{name:34} {median:7.2f} {low:7.2f}-{high:.2f}")
     if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"model": arguments.model, "parameters": size, "ratios": ratios}, file, indent=1)
+        record = {"model": arguments.model, "parameters": size, "threads": arguments.threads, "ratios": ratios}
+        Path(arguments.json).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

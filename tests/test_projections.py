@@ -144,6 +144,7 @@ def test_a_zero_radius_leaves_nothing_and_an_infinite_one_everything(projection)
     assert not projection(T, 0.0).any()
     assert torch.equal(projection(T, math.inf), T)
     assert not projection(torch.zeros(2, 3), 0.0).any()
+    assert not projection(torch.full((1, 1), 1e-310, dtype=torch.float64), 0.0).any()
 
 
 @pytest.mark.parametrize("projection", EVERY)

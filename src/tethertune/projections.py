@@ -35,7 +35,8 @@ def l1_rows(T: Tensor, radius: float | Tensor) -> Tensor:
     """
     sums = norms.row_sums(T)
     outside = (sums > radius) & sums.isfinite()
-    scale = torch.where(outside, radius / sums, 1.0)
+    gamma = torch.as_tensor(radius, dtype=torch.float64, device=T.device)
+    scale = torch.where(outside, gamma / sums, 1.0)
     return torch.where(outside.unsqueeze(1), (T * scale.unsqueeze(1)).to(T.dtype), T)
 
 
@@ -92,4 +93,5 @@ def frobenius(T: Tensor, radius: float | Tensor) -> Tensor:
     """
     norm = norms.frobenius(T)
     outside = (norm > radius) & norm.isfinite()
-    return torch.where(outside, (T.double() * torch.where(outside, radius / norm, 1.0)).to(T.dtype), T)
+    gamma = torch.as_tensor(radius, dtype=torch.float64, device=T.device)
+    return torch.where(outside, (T.double() * torch.where(outside, gamma / norm, 1.0)).to(T.dtype), T)
