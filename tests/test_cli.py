@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 from tethertune import cli
@@ -53,7 +54,7 @@ class TestHelp:
         assert f"Usage: tethertune {command}" in out
 
     def test_shows_every_option_in_its_panel_with_its_words_and_default(self, tethertune, monkeypatch):
-        monkeypatch.setenv("COLUMNS", "300")
+        monkeypatch.setattr(cli.app, "console", Console(width=300))
         _, out, _ = tethertune("finetune", "--help")
         panels = out.split("╭─ ")
         for panel, keys in cli.PANELS.items():
