@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional
 
 from tethertune.errors import ConfigurationError
 from tethertune.theory import operator_norms
@@ -89,7 +89,10 @@ def test_spectral_bounds_hold_where_the_matrix_is_too_large(monkeypatch, kernel,
     fast = operator_norms(layer, size, spectral="fast")
     check(fast, matrix)
     stride = layer.stride
-    whole = all(n % s == 0 and -(-n // s) == o for n, s, o in zip(size[1:], stride, layer(torch.zeros(1, *size).double()).shape[2:]))
+    whole = all(
+        n % s == 0 and -(-n // s) == o
+        for n, s, o in zip(size[1:], stride, layer(torch.zeros(1, *size).double()).shape[2:], strict=True)
+    )
     if mode == "circular" and whole:
         assert operator_norms(layer, size).spectral_is == "exact"
 
@@ -190,7 +193,7 @@ def test_batch_norm_alone_and_folded():
         check(operator_norms(both, (3, 4, 5)), matrix_of(both, (3, 4, 5)), spectral=("exact",))
         weight, bias = fold(layer, norm)
         x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
-        apply = F.conv_transpose2d if isinstance(layer, nn.ConvTranspose2d) else F.conv2d
+        apply = functional.conv_transpose2d if isinstance(layer, nn.ConvTranspose2d) else functional.conv2d
         folded = apply(x, weight, bias, layer.stride, layer.padding)
         torch.testing.assert_close(folded, both(x))
 
@@ -294,7 +297,7 @@ def test_a_weight_of_another_shape_is_refused():
 def test_a_convolution_that_does_more_than_convolve_is_refused():
     class Standardised(nn.Conv2d):
         def forward(self, x):
-            return F.conv2d(x, self.weight - self.weight.mean())
+            return functional.conv2d(x, self.weight - self.weight.mean())
 
     with pytest.raises(ConfigurationError, match="changes what a convolution does"):
         operator_norms(Standardised(1, 1, 3), (1, 4, 4))

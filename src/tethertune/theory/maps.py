@@ -168,24 +168,28 @@ class Convolution:
         """
         vertical, horizontal = self._taps
         entries = horizontal.merged(vertical.merged(_two_dimensional(weight), 2), 3)
-        out, inner = entries.shape[:2]
-
-        def rows(values: Tensor) -> Tensor:
-            return torch.einsum("oab,ay,bx->oyx", values.sum(1), vertical.rows, horizontal.rows)
-
-        def columns(values: Tensor) -> Tensor:
-            by_input = values.view(self.groups, out // self.groups, *values.shape[1:]).sum(1)
-            by_input = by_input.reshape(self.groups * inner, *values.shape[2:])
-            return torch.einsum("oab,ay,bx->oyx", by_input, vertical.columns, horizontal.columns)
-
         sizes, squares = entries.abs(), entries.square()
         if self.transposed:
-            return columns(sizes), columns(squares), rows(sizes), rows(squares)
-        return rows(sizes), rows(squares), columns(sizes), columns(squares)
+            return self._columns(sizes), self._columns(squares), self._rows(sizes), self._rows(squares)
+        return self._rows(sizes), self._rows(squares), self._columns(sizes), self._columns(squares)
+
+    def _rows(self, values: Tensor) -> Tensor:
+        vertical, horizontal = self._taps
+        return torch.einsum("oab,ay,bx->oyx", values.sum(1), vertical.rows, horizontal.rows)
+
+    def _columns(self, values: Tensor) -> Tensor:
+        vertical, horizontal = self._taps
+        out, inner = values.shape[:2]
+        by_input = values.view(self.groups, out // self.groups, *values.shape[1:]).sum(1)
+        by_input = by_input.reshape(self.groups * inner, *values.shape[2:])
+        return torch.einsum("oab,ay,bx->oyx", by_input, vertical.columns, horizontal.columns)
 
     def mars(self, weight: Tensor) -> float:
         """Largest row l1 norm, exactly, for this input size."""
-        return float(self.sums(weight)[0].max())
+        vertical, horizontal = self._taps
+        entries = horizontal.merged(vertical.merged(_two_dimensional(weight), 2), 3).abs()
+        sums = self._columns(entries) if self.transposed else self._rows(entries)
+        return float(sums.max())
 
     def norms(self, weight: Tensor, effort: Effort = "best") -> OperatorNorms:
         """All norms; exact for every padding mode but the spectral one."""

@@ -7,14 +7,14 @@ are that matrix's norms, exactly, found from the kernel and a count of how often
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tethertune.errors import ConfigurationError
 from tethertune.theory.maps import Convolution, Dense, Diagonal, Effort, LinearMap, OperatorNorms, Separable
 from tethertune.theory.taps import Axis
 
-__all__ = ["OperatorNorms", "batch_norm_scale", "fold", "operator_norms", "pooling"]
+__all__ = ["OperatorNorms", "along_rows", "batch_norm_scale", "fold", "operator_norms", "pooling"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
@@ -62,7 +62,7 @@ def batch_norm_scale(weight: Tensor | None, variance: Tensor, eps: float) -> Ten
     return scale if weight is None else scale * weight.double()
 
 
-def fold(convolution: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def fold(convolution: nn.modules.conv._ConvNd, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution followed by batch norm in eval mode, as one layer, float64.
 
     ``K'[o] = s[o] K[o]`` and ``b' = s (b - mean) + beta`` with ``s = weight / sqrt(var + eps)``.
@@ -71,23 +71,33 @@ def fold(convolution: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
         raise ConfigurationError(f"{_name(norm)} cannot be folded into a convolution: only batch norm with statistics.")
     _refuse_training(norm)
     scale = batch_norm_scale(norm.weight, norm.running_var, norm.eps).detach()
-    weight = convolution.weight
-    assert isinstance(weight, Tensor)
-    bias = convolution.bias
+    weight, bias = convolution.weight, convolution.bias
     shift = -norm.running_mean.double() if bias is None else bias.detach().double() - norm.running_mean.double()
     beta = 0.0 if norm.bias is None else norm.bias.detach().double()
-    axis = 1 if isinstance(convolution, _TRANSPOSED) else 0
-    if axis and getattr(convolution, "groups", 1) != 1:
-        raise ConfigurationError("A grouped transposed convolution cannot be folded with batch norm.")
-    shape = [1] * weight.ndim
-    shape[axis] = -1
-    return weight.detach().double() * scale.view(shape), scale * shift + beta
+    factors = along_rows(scale, weight, convolution.groups if isinstance(convolution, _TRANSPOSED) else None)
+    return weight.detach().double() * factors, scale * shift + beta
+
+
+def along_rows(scale: Tensor, weight: Tensor, transposed_groups: int | None = None) -> Tensor:
+    """A factor for each output channel, shaped to multiply a weight.
+
+    Args:
+        scale: (out,).
+        weight: (out, ...), or (in, out / groups, ...) of a transposed convolution.
+        transposed_groups: The groups of a transposed convolution; ``None`` for any other layer.
+    """
+    if transposed_groups is None:
+        return scale.view(-1, *[1] * (weight.ndim - 1))
+    by_input = scale.view(transposed_groups, 1, -1).expand(-1, weight.shape[0] // transposed_groups, -1)
+    return by_input.reshape(weight.shape[0], -1, *[1] * (weight.ndim - 2))
 
 
 def _linear_map(module: nn.Module, size: tuple[int, ...]) -> tuple[LinearMap, Tensor]:
     """The geometry of a layer at an input size, and its own weight."""
-    if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[0], _CONVOLUTIONS + _TRANSPOSED):
-        return _linear_map(module[0], size)[0], fold(module[0], module[1])[0]
+    if isinstance(module, nn.Sequential) and len(module) == 2:
+        first, second = module
+        if isinstance(first, _CONVOLUTIONS + _TRANSPOSED):
+            return _convolution(first, size), fold(first, second)[0]
     if isinstance(module, nn.Linear):
         _refuse(size[-1:] != (module.in_features,), module, size, f"(..., {module.in_features})")
         return Dense(torch.Size(size[:-1]).numel()), module.weight
@@ -130,7 +140,9 @@ def _convolution(module: nn.Module, size: tuple[int, ...]) -> Convolution:
     return Convolution(axes[0], axes[1], module.groups, isinstance(module, _TRANSPOSED))
 
 
-def transposed_axis(length: int, kernel: int, stride: int, dilation: int, padding: int, output_padding: int) -> Axis:
+def transposed_axis(  # noqa: PLR0917 (the order of torch's own arguments)
+    length: int, kernel: int, stride: int, dilation: int, padding: int, output_padding: int
+) -> Axis:
     """The axis of the convolution that a transposed convolution of an input of this length transposes."""
     outputs = (length - 1) * stride - 2 * padding + dilation * (kernel - 1) + output_padding + 1
     # ``after`` is what makes that convolution give exactly ``length`` outputs.
@@ -169,9 +181,16 @@ def _average(module: nn.Module, size: tuple[int, ...]) -> Separable:
     pads = [_same(n, k, s) for n, k, s in zip(lengths, kernel, stride, strict=True)]
     if not _is_timm(module, "AvgPool2dSame"):
         pads = [(0, 0), (0, 0)]
-    divisor = getattr(module, "divisor_override", None)
     return pooling(
-        size[0], lengths, kernel, stride, padding, module.ceil_mode, module.count_include_pad, divisor, pads
+        size[0],
+        lengths,
+        kernel,
+        stride,
+        padding,
+        ceil_mode=module.ceil_mode,
+        count_include_pad=module.count_include_pad,
+        divisor=getattr(module, "divisor_override", None),
+        zeros=pads,
     )
 
 
@@ -181,6 +200,7 @@ def pooling(
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
+    *,
     ceil_mode: bool = False,
     count_include_pad: bool = True,
     divisor: int | None = None,
@@ -190,8 +210,8 @@ def pooling(
     matrices = []
     for d in range(2):
         before, after = zeros[d]
-        basis = F.pad(torch.eye(lengths[d], dtype=torch.float64).unsqueeze(1), (before, after))
-        pooled = F.avg_pool1d(basis, kernel[d], stride[d], padding[d], ceil_mode, count_include_pad)
+        basis = functional.pad(torch.eye(lengths[d], dtype=torch.float64).unsqueeze(1), (before, after))
+        pooled = functional.avg_pool1d(basis, kernel[d], stride[d], padding[d], ceil_mode, count_include_pad)
         matrix = pooled.squeeze(1).T
         if divisor is not None:
             matrix = (matrix != 0).double()
@@ -203,7 +223,7 @@ def pooling(
 
 def adaptive_matrix(length: int, outputs: int) -> Tensor:
     """The matrix of adaptive average pooling along one axis, (outputs, length), float64."""
-    return F.adaptive_avg_pool1d(torch.eye(length, dtype=torch.float64).unsqueeze(1), outputs).squeeze(1).T
+    return functional.adaptive_avg_pool1d(torch.eye(length, dtype=torch.float64).unsqueeze(1), outputs).squeeze(1).T
 
 
 def _pair(value: "int | tuple[int, ...]") -> tuple[int, int]:

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from tethertune.theory.taps import Axis
 
@@ -39,7 +39,7 @@ def dense(matrices: Tensor, effort: str = "best") -> float:
     Found from the eigenvalues of the smaller Gram matrix, which loses nothing at the top of the spectrum.
     """
     if effort == "estimate":
-        return max(_power(lambda x, m=matrix: m @ x, matrix.shape[1:]) for matrix in matrices)
+        return max(_power(matrix.__matmul__, matrix.shape[1:]) for matrix in matrices)
     scale = matrices.abs().amax()
     if scale == 0:
         return 0.0
@@ -77,7 +77,7 @@ def convolution(weight: Tensor, vertical: Axis, horizontal: Axis, groups: int, e
     if all(axis.kernel == 1 and axis.before == axis.after == 0 for axis in axes) and (small or effort == "best"):
         return dense(kernels.flatten(2)), "exact"
     if effort == "fast":
-        return _unfolded(kernels) * padding if small else math.inf, "upper"
+        return _unfolded(kernels, SMALL) * padding, "upper"
     if all(axis.mode == "circular" and axis.outputs * axis.stride == axis.length for axis in axes):
         return _polyphase(kernels, vertical, horizontal, (vertical.length, horizontal.length)), "exact"
     value = _polyphase(kernels, vertical, horizontal, (_room(vertical), _room(horizontal))) * padding
@@ -95,16 +95,18 @@ def _unrolled(kernels: Tensor, vertical: Axis, horizontal: Axis) -> float:
     return dense(matrix.flatten(4).flatten(1, 3))
 
 
-def _unfolded(kernels: Tensor) -> float:
-    taps = kernels.shape[3] * kernels.shape[4]
+def _unfolded(kernels: Tensor, largest: float = math.inf) -> float:
+    """The bound by unfoldings; those with more rows and columns than ``largest`` are passed over."""
     g, o, i, kh, kw = kernels.shape
+    taps = kh * kw
     shapes = [
         kernels.reshape(g, o, i * taps),
         kernels.permute(0, 1, 3, 4, 2).reshape(g, o * taps, i),
         kernels.permute(0, 1, 3, 2, 4).reshape(g, o * kh, i * kw),
         kernels.permute(0, 1, 4, 2, 3).reshape(g, o * kw, i * kh),
     ]
-    return math.sqrt(taps) * min(dense(matrix) for matrix in shapes)
+    values = [dense(matrix) for matrix in shapes if min(matrix.shape[1:]) <= largest]
+    return math.sqrt(taps) * min(values, default=math.inf)
 
 
 def _polyphase(kernels: Tensor, vertical: Axis, horizontal: Axis, grid: tuple[int, int]) -> float:
@@ -127,7 +129,7 @@ def _polyphase(kernels: Tensor, vertical: Axis, horizontal: Axis, grid: tuple[in
     largest = 0.0
     for line in down:
         rows = torch.einsum("goiuv,su->gosiv", kernels.to(line.dtype), line)
-        for part in across.split(step):
+        for part in across.split(step):  # type: ignore[no-untyped-call]
             blocks = torch.einsum("gosiv,ktv->kgosti", rows, part)
             largest = max(largest, dense(blocks.flatten(3).flatten(0, 1)))
     return largest / math.sqrt(vertical.stride * horizontal.stride)
@@ -141,8 +143,8 @@ def _estimate(weight: Tensor, vertical: Axis, horizontal: Axis, groups: int) -> 
     dilation = (vertical.dilation, horizontal.dilation)
 
     def forward(x: Tensor) -> Tensor:
-        padded = F.pad(x, pads, mode=mode) if any(pads) else x
-        return F.conv2d(padded, weight, None, stride, 0, dilation, groups)
+        padded = functional.pad(x, pads, mode=mode) if any(pads) else x
+        return functional.conv2d(padded, weight, None, stride, 0, dilation, groups)
 
     return _power(forward, (1, channels, vertical.length, horizontal.length))
 

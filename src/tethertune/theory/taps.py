@@ -97,9 +97,9 @@ class Taps:
             for tap, position in enumerate(positions):
                 readers.setdefault(position, []).append(tap)
             readers.pop(-1, None)
-            for position, taps in readers.items():
-                rows[tuple(taps), output] += 1
-                columns[tuple(taps), position] += 1
+            for position, together in readers.items():
+                rows[tuple(together), output] += 1
+                columns[tuple(together), position] += 1
         sets = sorted({taps for taps, _ in rows})
         merge = torch.zeros(len(sets), axis.kernel, dtype=torch.float64)
         by_row = torch.zeros(len(sets), axis.outputs, dtype=torch.float64)
