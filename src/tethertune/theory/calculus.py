@@ -5,9 +5,9 @@ Every node of a network is known by a pair ``(v, a)`` such that, for all ``lam >
 .. math:: \log \mathbb E \exp\Big(\lambda \sup \big\|\sum_i \sigma_i u(x_i)\big\|_\infty\Big)
    \le a + \tfrac12 \lambda^2 v^2,
 
-where the supremum is over the class of networks, ``u`` is the node's value (``product`` bound) or what fine-tuning has
-changed of it, ``f - f0`` (``distance`` bound). Then the expected supremum is at most ``v sqrt(2 a)``. The rules below are
-proven in ``docs/theory.md``; ``v`` is carried as a logarithm, because it passes 10^600 in real networks.
+where the supremum is over the class of networks, ``u`` is the node's value (``product`` bound) or what fine-tuning
+has changed of it, ``f - f0`` (``distance`` bound). Then the expected supremum is at most ``v sqrt(2 a)``. The rules
+below are proven in ``docs/theory.md``; ``v`` is carried as a logarithm, because it passes 10^600 in real networks.
 """
 
 import math

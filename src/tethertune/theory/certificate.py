@@ -115,9 +115,7 @@ def distance(
     )
 
 
-def chain(
-    layers: Sequence[Layer], *, dims: Sequence[int], alphas: Sequence[float], samples: int
-) -> list[Tail]:
+def chain(layers: Sequence[Layer], *, dims: Sequence[int], alphas: Sequence[float], samples: int) -> list[Tail]:
     """The pair (v, a) of what has moved, after each linear map and each activation of a chain."""
     positive(samples=samples)
     tails, tail = [], calculus.ZERO
@@ -237,9 +235,7 @@ def output_shift(layers: Sequence[Layer], *, input_bound: float) -> float:
     return math.log(input_bound) + math.fsum(math.log(layer.bound) for layer in layers) + math.log(-math.expm1(kept))
 
 
-def head_complexity(
-    log_features: float, head_bound: float, samples: int, classes: int, lipschitz: float
-) -> float:
+def head_complexity(log_features: float, head_bound: float, samples: int, classes: int, lipschitz: float) -> float:
     """``log`` of ``sqrt(2) rho c B_V / m`` times the expected sup norm of the features' sum (Lemma 1)."""
     positive(head_bound=head_bound, samples=samples, classes=classes, lipschitz=lipschitz)
     return (

@@ -1,4 +1,4 @@
-"""The paper's bounds exactly as they are printed (arXiv 2002.08253v1). **None of them is a valid bound as printed.**
+"""The paper's bounds exactly as they are printed (arXiv 2002.08253v1): not valid bounds, and never certificates.
 
 The proofs of Theorems 2 and 3 drop a term: with every ``D_j = 0`` they say that the complexity is 0, though the head
 is still learned. ``certificate`` holds what is proven instead. In deep networks the printed number is usually above a
