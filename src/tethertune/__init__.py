@@ -1,1 +1,51 @@
-"""Fine-tune on a tether: every layer's weights stay inside a ball around the pre-trained weights."""
+"""Fine-tune on a tether: every layer's weights stay inside a ball around the pre-trained weights.
+
+Public names are loaded when they are first used, so that ``import tethertune`` and ``tethertune --help`` do not wait
+for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tethertune.constraint import Constraint, Distance, Relative
+    from tethertune.errors import TethertuneError
+    from tethertune.features import FeaturePenalty
+    from tethertune.measure import Displacement, distances
+    from tethertune.penalty import Penalty
+    from tethertune.reference import Reference
+
+__all__ = [
+    "Constraint",
+    "Displacement",
+    "Distance",
+    "FeaturePenalty",
+    "Penalty",
+    "Reference",
+    "Relative",
+    "TethertuneError",
+    "distances",
+]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Constraint": "constraint",
+    "Displacement": "measure",
+    "Distance": "constraint",
+    "FeaturePenalty": "features",
+    "Penalty": "penalty",
+    "Reference": "reference",
+    "Relative": "constraint",
+    "TethertuneError": "errors",
+    "distances": "measure",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -23,6 +23,7 @@ anything else                    any                            axis 0; free by 
 convolution is ONE row, and the scale of a batch-norm layer is constrained as ``weight / sqrt(running_var + 1e-6)``.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -60,6 +61,7 @@ _NORMALISATION = (
     nn.GroupNorm,
     nn.RMSNorm,
 )
+_REPARAMETRISED = ("_g", "_v", "_orig")  # by torch.nn.utils' weight_norm, spectral_norm, prune: not the map itself
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
@@ -119,7 +121,7 @@ def of(module: nn.Module, attribute: str, *, convention: Convention = "operator"
         raise ConfigurationError(f"convention={convention!r} is not known: use 'operator' or 'authors'.")
     if "bias" in attribute:
         return Rows("bias")
-    if "weight" not in attribute:
+    if "weight" not in attribute or attribute.endswith(_REPARAMETRISED):
         return Rows("other")
     if isinstance(module, _TRANSPOSED):
         return Rows("map", axis=1, groups=module.groups)
@@ -196,6 +198,11 @@ class Layer:
         return parameter
 
     @property
+    def variance_name(self) -> str:
+        """The name of the running variance beside a batch-norm scale."""
+        return self.name.removesuffix(self.attribute) + "running_var"
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The name and the aliases."""
         return (self.name, *self.aliases)
@@ -219,7 +226,8 @@ def layers(model: nn.Module, *, head: str | None = None, convention: Convention 
 
     Raises:
         PatternError: ``head`` matches no parameter.
-        ConfigurationError: A parameter is not initialised yet, or is tied between the body and the head.
+        ConfigurationError: A parameter is not initialised yet, is tied between the body and the head, or has the
+            name of another.
     """
     found: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -233,6 +241,12 @@ def layers(model: nn.Module, *, head: str | None = None, convention: Convention 
             if name not in [use[0] for use in uses]:
                 uses.append((name, module, attribute))
     every_name = [name for uses in found.values() for name, _, _ in uses]
+    doubled = next((name for name, count in Counter(every_name).items() if count > 1), None)
+    if doubled is not None:
+        raise ConfigurationError(
+            f"Two parameters are called {doubled!r} once the prefixes of wrappers (module., _orig_mod.) are taken off:"
+            " rename the submodule that has such a name."
+        )
     heads = set() if head is None else matching(every_name, [head], "head")
     result = []
     for uses in found.values():

@@ -1,0 +1,15 @@
+"""How Sphinx builds this documentation: `make docs`."""
+
+import tethertune
+
+project = "tethertune"
+author = "The tethertune developers"
+release = tethertune.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
+myst_enable_extensions = ["dollarmath", "deflist"]
+html_theme = "furo"
+html_title = "tethertune"
+exclude_patterns = ["_build"]
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_default_options = {"members": True}

@@ -1,0 +1,277 @@
+"""The command line: parses, calls the library, and says in one plain message what went wrong.
+
+Imports only what ``--help`` needs; each command imports what it runs. Exit codes: 0 done, 1 failed, 2 bad input,
+130 interrupted.
+"""
+
+import ast
+import errno
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from itertools import pairwise
+from json import dumps
+from pathlib import Path
+from traceback import print_exception
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, get_origin, get_type_hints
+
+from cyclopts import App, CycloptsError, Group, Parameter
+
+from tethertune import __version__
+from tethertune.errors import ConfigurationError, NonFiniteWeightError, TethertuneError
+from tethertune.lab.config import FinetuneConfig, load_toml
+
+if TYPE_CHECKING:
+    from tethertune.lab.distances import Comparison
+
+__all__ = ["app", "run"]
+
+PANELS = {
+    "Model": ("model", "weights", "head", "size", "bn"),
+    "Data": ("data", "per_class", "augment", "cache"),
+    "Method": (
+        *("method", "radius", "relative_radius", "head_radius", "strength", "head_strength"),
+        *("projection", "convention", "affine", "include", "exclude", "attention"),
+    ),
+    "Training": (
+        *("epochs", "batch_size", "accumulate", "optimizer", "lr", "head_lr", "weight_decay", "schedule"),
+        *("label_smoothing", "eval_every", "seed"),
+    ),
+    "Speed": ("precision", "channels_last", "compile", "threads"),
+    "Output": ("output", "checkpoint_every"),
+}
+"""The panels of ``tethertune finetune --help``, and the configuration keys shown in each."""
+
+_BAD_PLACE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+}
+"""What the operating system says of a disk that is full or read-only, and of a path that cannot be used."""
+
+app = App(
+    name="tethertune",
+    help="Fine-tune on a tether: every layer's weights stay inside a ball around the pre-trained weights.",
+    help_epilogue="Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.",
+    help_format="plaintext",
+    version=__version__,
+    default_parameter=Parameter(negative_iterable=()),
+    suppress_keyboard_interrupt=False,
+)
+
+
+def run(tokens: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        tokens: The words after ``tethertune``; those of this process if ``None``.
+
+    Returns:
+        The exit code.
+    """
+    words = sys.argv[1:] if tokens is None else tokens
+    return app.meta(words, result_action="return_value") or 0
+
+
+@app.meta.default
+def _launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    debug: Annotated[bool, Parameter(negative=(), show_default=False, help="Show where an error comes from.")] = False,
+) -> int:
+    try:
+        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last place that can say it plainly
+        if debug:
+            print_exception(error)
+        code, message = _explain(error)
+        _say(message, file=sys.stderr)
+        return code
+    return 0
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    """The exit code of an error, and what the user is told."""
+    if isinstance(error, CycloptsError):
+        return 2, f"{error} See --help."
+    if isinstance(error, TethertuneError):
+        return 1 if isinstance(error, NonFiniteWeightError) else 2, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "Interrupted. The same command again resumes an unfinished run."
+    if isinstance(error, OSError) and error.errno in _BAD_PLACE:
+        return 2, f"{error.filename or 'A file'} cannot be read or written: {error.strerror}. Choose another place."
+    return 1, f"{type(error).__name__}: {error} (this should not happen; --debug shows where it comes from)"
+
+
+def _say(text: str, file: TextIO | None = None) -> None:
+    print(text, file=file or sys.stdout)
+
+
+def _notes(config: type) -> dict[str, str]:
+    """The text under each field of a dataclass, without mark-up."""
+    (body,) = (node.body for node in ast.parse(inspect.getsource(config)).body if isinstance(node, ast.ClassDef))
+    return {
+        field.target.id: inspect.cleandoc(str(note.value.value)).replace("``", "")
+        for field, note in pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(note, ast.Expr)
+        and isinstance(note.value, ast.Constant)
+    }
+
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, in place of its ``**options``, one parameter for each key of the configuration.
+
+    The words under a key are its help. Parameters default to ``None``, not given, so that a file's values count, and
+    the configuration checks them, all at once.
+    """
+    groups = {panel: Group.create_ordered(panel) for panel in PANELS}
+    panels = {key: groups[panel] for panel, keys in PANELS.items() for key in keys}
+    hints, notes = get_type_hints(FinetuneConfig), _notes(FinetuneConfig)
+    parameters = {name: p for name, p in inspect.signature(command).parameters.items() if name != "options"}
+    for item in fields(FinetuneConfig):
+        hint = str if get_origin(hints[item.name]) is Literal else hints[item.name]
+        default = False if item.default in (MISSING, None, ()) else str(item.default)
+        about = Parameter(help=notes[item.name], group=panels[item.name], show_default=default)
+        own = parameters.get(item.name, inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None))
+        parameters[item.name] = own.replace(annotation=Annotated[hint | None, about])
+    command.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    command.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
+    return command
+
+
+@app.command(usage="Usage: tethertune finetune MODEL DATA [OPTIONS]")
+@_with_options
+def finetune(
+    model: str | None = None,
+    data: str | None = None,
+    /,
+    *,
+    config: Annotated[
+        Path | None, Parameter(help="TOML file with any of these options as keys; flags override it.")
+    ] = None,
+    fresh: Annotated[
+        bool, Parameter(help="Delete what an earlier run of this configuration left.", negative=(), show_default=False)
+    ] = False,
+    **options: Any,
+) -> None:
+    """Fine-tune MODEL on DATA, and leave a run folder.
+
+    A run that was stopped goes on where it was when the same command is given again; a finished one is left as it is.
+
+    Example: tethertune finetune lite0 photos/ --method mars-pgm --radius 8 --head-radius 12 --epochs 30 --seed 0
+    """
+    given = {"model": model, "data": data, **options}
+    settings = _settings(config, {key: value for key, value in given.items() if value is not None})
+    from tethertune.lab import training
+
+    run = training.finetune(settings, fresh=fresh)
+    if os.environ.get("RANK", "0") == "0":
+        outcome = run.info["outcome"]
+        _say(str(run.path))
+        _say(
+            f"test accuracy {outcome['test_accuracy']:.2%}, validation accuracy {outcome['validation_accuracy']:.2%},"
+            f" {outcome['epochs']} epochs, {outcome['seconds']:.0f} s"
+        )
+
+
+def _settings(file: Path | None, given: dict[str, Any]) -> FinetuneConfig:
+    """The configuration of a TOML file, if there is one, with what was given on the command line instead of it."""
+    if file is not None:
+        return load_toml(file, given)
+    for name in ("model", "data"):
+        if name not in given:
+            raise ConfigurationError(f"{name.upper()} is missing: tethertune finetune MODEL DATA, or --config FILE.")
+    return FinetuneConfig(**given)
+
+
+@app.command
+def distances(
+    checkpoint: str,
+    *,
+    reference: str | None = None,
+    arch: str | None = None,
+    convention: Literal["operator", "authors"] = "operator",
+    json: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+) -> None:
+    """Show how far each layer of CHECKPOINT lies from the same layer of another checkpoint.
+
+    Example: tethertune distances runs/fashion/lite0/mars-pgm/seed-0-1a2b3c4d
+
+    Args:
+        checkpoint: A run folder, a safetensors file, or a file written by torch.save.
+        reference: Another checkpoint, or the name of a network for its published weights. Not given: what the run
+            was trained from.
+        arch: Name of the network, whose modules tell what a row is. Not given: what the checkpoint says.
+        convention: What a row is: operator (of the matrix of the linear map) or authors (as the paper's code).
+        json: Print JSON instead of a table.
+    """
+    from tethertune.lab.distances import compare
+
+    comparison = compare(checkpoint, reference, arch=arch, convention=convention)
+    _say(dumps(comparison.to_dict(), indent=2, allow_nan=False)) if json else _show(comparison)
+
+
+def _show(comparison: "Comparison") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("layer", overflow="fold")
+    for column in ("rows", "MARS", "relative", "Frobenius", "relative"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, layer in comparison.to_dict()["layers"].items():
+        numbers = (layer[key] for key in ("mars", "relative_mars", "frobenius", "relative_frobenius"))
+        label = f"{name} (head, from 0)" if layer["role"] == "head" else name
+        table.add_row(label, str(layer["rows"]), *("-" if number is None else f"{number:.4g}" for number in numbers))
+    console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False, markup=False)
+    console.print(f"{comparison.checkpoint}\nfrom {comparison.reference}")
+    console.print(table)
+    console.print(f"Rows: {comparison.rows}.\nRelative: as a multiple of the reference's own norm of that layer.")
+
+
+@app.command
+def report(
+    *runs: Path,
+    output: Path = Path("report.html"),
+    format: Literal["html", "markdown"] = "html",  # noqa: A002 - the flag is --format
+) -> None:
+    """Write a report of RUNS: accuracy by method, learning curves, and how far the layers moved.
+
+    Example: tethertune report runs/ --output report.html
+
+    Args:
+        runs: Run folders, or folders above them such as runs/.
+        output: The file to write. An HTML page is complete in itself: it opens without a network.
+        format: html or markdown.
+    """
+    from tethertune.lab.report import write
+
+    _say(str(write(runs, output, format)))
+
+
+@app.command
+def config(file: Path | None = None) -> None:
+    """Print the complete configuration that FILE stands for, defaults included, as TOML.
+
+    Example: tethertune config > my.toml; tethertune finetune --config my.toml --seed 1
+
+    Args:
+        file: A TOML file with any of the options of tethertune finetune. Not given: lite0 on fashion, all defaults.
+    """
+    settings = load_toml(file) if file else FinetuneConfig("lite0", "fashion")
+    _say(settings.to_toml().rstrip())
+
+
+@app.command
+def demo(*, output: Path = Path("demo")) -> None:
+    """Fine-tune lite0 with every method on embedded images, and write a report.
+
+    Args:
+        output: Folder for the runs and report.html.
+    """
+    from tethertune.lab import demo as demonstration
+
+    demonstration.run(output)

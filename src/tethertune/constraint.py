@@ -1,0 +1,430 @@
+"""The constraint: every layer's weights stay inside a ball around the reference, after every optimiser step."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tethertune import rows
+from tethertune.attachment import inner_optimizer, require_parameters
+from tethertune.balls import Ball, make_ball, reference_norm
+from tethertune.errors import ConfigurationError, NonFiniteWeightError, ReferenceMismatchError, did_you_mean
+from tethertune.kernels.chunked import Chunked, Parts
+from tethertune.reference import Reference, Source
+from tethertune.rows import Convention, Layer, Role
+from tethertune.sharding import is_sharded, local, reduce_over_shards
+
+__all__ = ["AT_RADIUS", "Constraint", "Distance", "Radius", "Relative"]
+
+AT_RADIUS = 0.99
+"""A row counts as being at its radius from this share of it on."""
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Relative:
+    """A radius relative to each layer's own reference norm: gamma_j = ratio * ||W0_j||.
+
+    Attributes:
+        ratio: At least 0; 0.02 lets every layer move by 2 % of its own norm.
+    """
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        _require_radius(self.ratio, "Relative(ratio)")
+
+
+Radius: TypeAlias = float | Relative | Mapping[str, float | Relative]
+"""A number for every body layer, a :class:`Relative`, or a mapping from name patterns to either."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far one layer is from its reference.
+
+    Attributes:
+        value: The distance in float64, in the norm: the largest row for MARS.
+        radius: The largest distance allowed.
+        norm: ``"mars"`` or ``"frobenius"``.
+        role: ``"body"``, or ``"head"`` for a layer whose ball is centred at 0.
+        active_rows: How many rows are at their radius (within 1 %); all or none for Frobenius.
+        rows: How many rows the layer has.
+    """
+
+    value: float
+    radius: float
+    norm: Literal["mars", "frobenius"]
+    role: Role
+    active_rows: int
+    rows: int
+
+
+class Constraint:
+    r"""Keeps every layer inside a ball around its reference: MARS-PGM and l2-PGM (Gouk et al., Algorithm 1).
+
+    After every step of the optimiser it is attached to, :math:`\|W_j - W^0_j\| \le \gamma_j` holds for every
+    constrained layer in the dtype that the weights are stored in, with the distance computed in float64; rows (MARS)
+    or layers (Frobenius) that are inside keep their bits.
+
+    Args:
+        model: The network, with the pre-trained weights loaded.
+        norm: ``"mars"`` (largest row l1 norm) or ``"frobenius"``.
+        radius: gamma for the body's layers: a number >= 0, a :class:`Relative`, or a mapping from name patterns to
+            either, of which the first that matches counts; a layer that none matches is free. ``math.inf`` leaves a
+            layer free, 0 freezes it exactly.
+        head: The new classification layer's module name (``"fc"``) or pattern. Its ball is centred at 0.
+        head_radius: Its radius; ``None`` leaves it free.
+        include: Names or patterns of parameters to constrain although their kind is free by default: embeddings,
+            normalisation scales, biases, parameters of unknown modules (a row is an entry of axis 0).
+        exclude: Names or patterns of layers to leave free.
+        affine: ``"free"``, or ``"frozen"`` to hold the body's biases and normalisation scales at the reference.
+        convention: ``"operator"``, or ``"authors"`` for the rows of the published code; see :mod:`tethertune.rows`.
+        projection: Onto the row l1 ball: ``"radial"`` as in the paper, or ``"euclidean"``. The Frobenius projection
+            is both.
+        reference: The pre-trained weights: ``None`` for a copy of the model as it is now, or a state dict, a module,
+            or the path of a safetensors file.
+        reference_dtype: Keep the reference in this dtype. Where that is not exact, each radius is reduced by what the
+            rounding moves the centre, so that the guarantee stays.
+        reference_device: Keep the reference there; ``None``: beside the weights.
+        check_every: On an accelerator, look for weights that are not finite every so many steps.
+
+    Raises:
+        ConfigurationError: An argument that is not allowed.
+        PatternError: A pattern that matches no parameter.
+        ReferenceMismatchError: A reference of another network.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        >>> constraint = Constraint(model, norm="mars", radius=0.5, head="2", head_radius=2.0)
+        >>> constraint.attach(optimizer)
+        >>> for _ in range(3):
+        ...     loss = model(torch.ones(2, 4)).square().sum()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> all(d.value <= d.radius for d in constraint.distances().values())
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        norm: Literal["mars", "frobenius"] = "mars",
+        radius: Radius,
+        head: str | None = None,
+        head_radius: float | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        affine: Literal["free", "frozen"] = "free",
+        convention: Convention = "operator",
+        projection: Literal["radial", "euclidean"] = "radial",
+        reference: Source | None = None,
+        reference_dtype: torch.dtype | None = None,
+        reference_device: torch.device | str | None = None,
+        check_every: int = 100,
+    ) -> None:
+        if head is None and head_radius is not None:
+            raise ConfigurationError(f"head_radius={head_radius} needs head=, the name of the new head's module.")
+        if check_every < 1:
+            raise ConfigurationError(f"check_every={check_every} must be at least 1.")
+        self._settings: dict[str, Any] = {
+            "norm": _one_of("norm", norm, ("mars", "frobenius")),
+            "radius": _radius_to_plain(radius),
+            "head": head,
+            "head_radius": None if head_radius is None else _require_radius(head_radius, "head_radius"),
+            "include": list(include),
+            "exclude": list(exclude),
+            "affine": _one_of("affine", affine, ("free", "frozen")),
+            "convention": _one_of("convention", convention, ("operator", "authors")),
+            "projection": _one_of("projection", projection, ("radial", "euclidean")),
+        }
+        self._model = model
+        self._reference_dtype = reference_dtype
+        self._reference_device = None if reference_device is None else torch.device(reference_device)
+        self._check_every = check_every
+        self._steps = 0
+        self._broken: dict[torch.device, Tensor] = {}
+        self._fingerprint: str | None = None
+        self._build(model if reference is None else reference)
+
+    def _build(self, source: Source) -> None:
+        """Resolve the settings against the model; reads ``source`` for the weights that have a ball around them."""
+        chosen = self._settings
+        self._layers = rows.layers(self._model, head=chosen["head"], convention=chosen["convention"])
+        radii = self._radii()
+        for layer in radii:
+            if layer.weight.dtype not in _DTYPES:
+                allowed = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
+                raise ConfigurationError(f"{layer.name} is {layer.weight.dtype}; a ball needs one of {allowed}.")
+        self._reference = Reference.load(source, [layer for layer in radii if layer.role == "body"])
+        self._kernel = Chunked(chosen["projection"])
+        self._balls = [self._ball(layer, given) for layer, given in radii.items()]
+
+    def _radii(self) -> dict[Layer, list[float | Relative]]:
+        """The radii given for every layer that is not free; a tied layer can have several: the smallest counts."""
+        chosen = self._settings
+        taken = list(rows.select(self._layers, include=chosen["include"], exclude=chosen["exclude"]))
+        body = [layer for layer, is_taken in taken if is_taken and layer.role == "body"]
+        radii = dict(zip(body, _radii_by_name(chosen["radius"], body), strict=True))
+        if chosen["head_radius"] is not None:
+            radii |= {layer: [chosen["head_radius"]] for layer, is_taken in taken if is_taken and layer.role == "head"}
+        if chosen["affine"] == "frozen":
+            excluded = rows.matching([n for layer in self._layers for n in layer.names], chosen["exclude"], "exclude")
+            affine = [la for la in self._layers if la.role == "body" and la.rows.kind in ("bias", "normalisation")]
+            radii |= {layer: [0.0] for layer in affine if excluded.isdisjoint(layer.names)}
+        finite = {layer: [radius for radius in given if radius != math.inf] for layer, given in radii.items()}
+        return {layer: given for layer, given in finite.items() if given}
+
+    def _ball(self, layer: Layer, given: Sequence[float | Relative]) -> Ball:
+        norm = self._settings["norm"]
+        own_norm = 0.0 if layer.role == "head" else reference_norm(layer, norm, self._reference)
+        radius = min(r.ratio * own_norm if isinstance(r, Relative) else r for r in given)
+        if layer.role == "head":
+            return Ball(layer, norm, radius, None)
+        return make_ball(layer, norm, radius, self._reference, self._reference_dtype)
+
+    # ------------------------------------------------------------------------------------------------ projecting
+
+    def attach(self, *optimizers: Optimizer) -> None:
+        """Project now, and after every step of the optimiser from now on.
+
+        Args:
+            optimizers: One, or several that together hold the constrained parameters. Wrappers such as Accelerate's
+                are taken off.
+
+        Raises:
+            AttachError: The optimiser would never call the constraint, or does not hold the parameters.
+        """
+        inner = [inner_optimizer(optimizer) for optimizer in optimizers]
+        require_parameters(inner, [ball.layer for ball in self._balls])
+        self.project()
+        for optimizer in inner:
+            optimizer.register_step_post_hook(lambda *_: self._after_step())
+
+    def project(self) -> None:
+        """Bring every constrained layer inside its ball, in place; what is inside is not touched.
+
+        Raises:
+            NonFiniteWeightError: A row holds a NaN or an infinity (on an accelerator: see ``check_every``). It is left
+                as it is, all other rows are inside.
+        """
+        self._project(self._balls)
+
+    def _after_step(self) -> None:
+        self._project([ball for ball in self._balls if ball.layer.weight.requires_grad])
+
+    @torch.no_grad()
+    def _project(self, balls: Sequence[Ball]) -> None:
+        self._steps += 1
+        for ball in balls:
+            if ball.by_row:
+                for block in ball.blocks(device=self._reference_device):
+                    self._count_broken(self._kernel.rows(block.weight, block.centre, block.radius), block.weight)
+        self._project_frobenius([ball for ball in balls if not ball.by_row])
+        if self._broken and (self._steps % self._check_every == 0 or torch.device("cpu") in self._broken):
+            self._look()
+
+    def _project_frobenius(self, balls: Sequence[Ball]) -> None:
+        """Layers that the host sees whole one by one; the others measured first, added up in one collective call."""
+        apart: list[tuple[Ball, Parts]] = []
+        for ball in balls:
+            parts = [(block.weight, block.centre) for block in ball.blocks(device=self._reference_device)]
+            if is_sharded(ball.layer.weight) or ball.layer.weight.device.type != "cpu":
+                apart.append((ball, parts))
+            else:
+                self._count_broken(self._kernel.frobenius(parts, ball.room), ball.layer.weight)
+        if not apart:
+            return
+        squares = [self._kernel.squares(parts, exactly=True) for _, parts in apart]
+        weights = [ball.layer.weight for ball, _ in apart]
+        totals = reduce_over_shards(
+            torch.stack([s.sum().to(w.device) for s, w in zip(squares, weights, strict=True)]), weights
+        )
+        for (ball, pieces), square, total in zip(apart, squares, totals, strict=True):
+            self._kernel.scale(pieces, ball.room, square, total)
+            self._count_broken((~total.isfinite()).long(), total)
+
+    # ---------------------------------------------------------------------------------------- weights not finite
+
+    def _count_broken(self, count: int | Tensor, weight: Tensor) -> None:
+        if isinstance(count, Tensor) or count:
+            before = self._broken.get(weight.device)
+            new = torch.as_tensor(count, device=weight.device)
+            self._broken[weight.device] = new if before is None else before + new
+
+    def _look(self) -> None:
+        """Raise for rows that were counted as not finite."""
+        counted = sum(int(count) for count in self._broken.values())
+        self._broken.clear()
+        if not counted:
+            return
+        for ball in self._balls:
+            finite = ball.layer.rows.matrix(local(ball.layer.weight).detach()).isfinite().all(dim=1)
+            if not finite.all():
+                row = int((~finite).nonzero()[0])
+                raise NonFiniteWeightError(
+                    f"Row {row} of {ball.layer.name} holds a NaN or an infinity after the optimiser's step; it was left"
+                    " as it is. Go back to the last checkpoint and lower the learning rate, or find the batch that"
+                    " gave such a gradient."
+                )
+
+    # -------------------------------------------------------------------------------------------------- reporting
+
+    @torch.no_grad()
+    def distances(self) -> dict[str, Distance]:
+        """How far every constrained layer is from its reference now, by name, computed in float64.
+
+        With a ``reference_dtype`` that is not exact, the values are upper bounds. On sharded weights this is a
+        collective call.
+
+        Raises:
+            NonFiniteWeightError: A step since the last look met a row that is not finite.
+        """
+        self._look()
+        values, active, radii = [], [], []
+        for ball in self._balls:
+            measured = ball.distances(self._kernel)
+            radii.append(ball.radius)
+            if ball.by_row:
+                values.append(measured.max() if len(measured) else _zero(ball))
+                at_radius = (measured >= AT_RADIUS * ball.radius) & (measured > 0)
+                active.append(at_radius.sum().double())
+            else:
+                values.append(measured.sum())
+                active.append(_zero(ball))
+        if not values:
+            return {}
+        weights = [ball.layer.weight for ball in self._balls]
+        value = torch.stack([v.cpu() for v in values]) if not any(map(is_sharded, weights)) else torch.stack(values)
+        count = torch.stack([a.to(value.device) for a in active])
+        if any(map(is_sharded, weights)):
+            total = reduce_over_shards(value, weights, "sum")
+            largest = reduce_over_shards(value, weights, "max")
+            count = reduce_over_shards(count, weights, "sum")
+            value = torch.where(torch.tensor([b.by_row for b in self._balls], device=value.device), largest, total)
+        return {
+            ball.layer.name: self._distance(ball, v, int(a))
+            for ball, v, a in zip(self._balls, value.tolist(), count.tolist(), strict=True)
+        }
+
+    def _distance(self, ball: Ball, value: float, active: int) -> Distance:
+        count = ball.layer.rows.shape(ball.layer.weight)[0]
+        if not ball.by_row:
+            value = math.sqrt(value) + (0.0 if ball.shift is None else float(ball.shift))
+            active = count if 0 < value >= AT_RADIUS * ball.radius else 0
+        return Distance(value, ball.radius, self._settings["norm"], ball.layer.role, active, count)
+
+    def summary(self) -> str:
+        """What is constrained and what is free, in a few lines."""
+        distances = self.distances()
+        at_radius = sum(d.active_rows > 0 for d in distances.values())
+        head, norm = self._settings["head"] or "none", self._settings["norm"]
+        count = f"{len(self._balls)} of {len(self._layers)} tensors constrained"
+        lines = [f"{count}, head {head}, norm {norm}, {at_radius} at their radius"]
+        held = {ball.layer for ball in self._balls}
+        free: dict[str, list[str]] = {}
+        for layer in self._layers:
+            if layer not in held:
+                free.setdefault("head" if layer.role == "head" else layer.rows.kind, []).append(layer.name)
+        if free:
+            named = {"map": "linear maps", "normalisation": "normalisation", "bias": "biases", "head": "of the head"}
+            lines.append("free: " + ", ".join(f"{len(n)} {named.get(kind, kind)}" for kind, n in free.items()))
+        if "other" in free:
+            lines.append("of unknown modules, constrain with include=: " + ", ".join(free["other"]))
+        return "\n".join(lines)
+
+    # ----------------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings and the reference's fingerprint: plain numbers and strings, never the weights.
+
+        On sharded weights this is a collective call.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = self._reference.fingerprint()
+        return {"format": 1, "settings": dict(self._settings), "fingerprint": self._fingerprint}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the settings of a saved constraint, around the same reference.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+
+        Raises:
+            ReferenceMismatchError: This constraint's reference is not the saved one's, for instance because it was
+                built from a fine-tuned checkpoint; nothing is changed then.
+        """
+        before = self._settings, self._layers, self._balls, self._reference, self._kernel, self._fingerprint
+        self._settings, self._fingerprint = dict(state["settings"]), None
+        try:
+            self._build(self._reference)
+            same = self.state_dict()["fingerprint"] == state["fingerprint"]
+        except ReferenceMismatchError:
+            same = False
+        if not same:
+            self._settings, self._layers, self._balls, self._reference, self._kernel, self._fingerprint = before
+            raise ReferenceMismatchError(
+                "The reference is not the one that this state was saved with: build the constraint with"
+                " reference= the original pre-trained weights (before loading the fine-tuned ones), then load."
+            )
+
+
+def _zero(ball: Ball) -> Tensor:
+    return torch.zeros((), dtype=torch.float64, device=local(ball.layer.weight).device)
+
+
+def _one_of(argument: str, given: str, allowed: Sequence[str]) -> str:
+    if given not in allowed:
+        raise ConfigurationError(
+            f"{argument}={given!r} is not known: use {' or '.join(map(repr, allowed))}.{did_you_mean(given, allowed)}"
+        )
+    return given
+
+
+def _require_radius(radius: object, argument: str) -> float:
+    if isinstance(radius, bool) or not isinstance(radius, int | float) or math.isnan(radius) or radius < 0:
+        raise ConfigurationError(
+            f"{argument}={radius!r} is not a radius: give a number of at least 0 (0 freezes, math.inf leaves free)."
+        )
+    return float(radius)
+
+
+def _radius_to_plain(radius: Radius) -> float | dict[str, Any]:
+    """The radius as numbers, strings and dicts, which any checkpoint format can hold."""
+    if isinstance(radius, Relative):
+        return {"relative": radius.ratio}
+    if isinstance(radius, Mapping):
+        if not radius:
+            raise ConfigurationError("radius={} constrains nothing: give at least one pattern, such as {'*': 8.0}.")
+        return {"patterns": {p: _radius_to_plain(_not_nested(r)) for p, r in radius.items()}}
+    return _require_radius(radius, "radius")
+
+
+def _not_nested(radius: Radius) -> Radius:
+    if isinstance(radius, Mapping):
+        raise ConfigurationError(f"radius={radius!r} inside a mapping: give a number or Relative(ratio) for a pattern.")
+    return radius
+
+
+def _radii_by_name(plain: float | dict[str, Any], layers: Sequence[Layer]) -> list[list[float | Relative]]:
+    """The radii of each layer: one, or with patterns that of the first that matches, for each of its names."""
+    if isinstance(plain, float) or "relative" in plain:
+        return [[_to_radius(plain)] for _ in layers]
+    names = [name for layer in layers for name in layer.names]
+    hits = {pattern: rows.matching(names, [pattern], "radius") for pattern in plain["patterns"]}
+    by_name = {
+        name: _to_radius(next((plain["patterns"][p] for p, hit in hits.items() if name in hit), math.inf))
+        for name in names
+    }
+    return [[by_name[name] for name in layer.names] for layer in layers]
+
+
+def _to_radius(plain: float | dict[str, float]) -> float | Relative:
+    return Relative(plain["relative"]) if isinstance(plain, dict) else plain

@@ -1,0 +1,1 @@
+"""Experiments: configurations, images, models, training runs and reports. Needs the extra ``tethertune[lab]``."""

@@ -1,0 +1,366 @@
+"""The configuration of one fine-tuning run: every option, its check, its TOML file and its identity.
+
+Imports nothing heavy, because the command line reads it for ``--help``.
+"""
+
+import hashlib
+import json
+import math
+import shlex
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from tethertune.errors import ConfigurationError, did_you_mean
+from tethertune.lab.methods import METHODS
+
+__all__ = ["FinetuneConfig", "load_toml"]
+
+_BYSTANDER = {"identity": False}
+"""Marks a field that changes no result, only where, when or how fast it is made."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Everything that one run is made from. A value that is not allowed is a :exc:`ConfigurationError`.
+
+    Numbers may be given as int or float; all faults are reported in one error. If none of a method's hyper-parameters
+    is given, its defaults (:data:`~tethertune.lab.methods.METHODS`) are filled in, so that a configuration always
+    holds the values that are used.
+    """
+
+    model: str
+    """A timm name, ``torchvision:NAME``, a checkpoint file or folder, or ``lite0``."""
+
+    data: str
+    """A folder of images (``train/ val/ test/`` of class folders, or class folders to be split), or ``fashion``."""
+
+    method: str = "mars-pgm"
+    """What holds the weights near the pre-trained ones: none, l2-sp, mars-sp, delta, l2-pgm, or mars-pgm."""
+
+    weights: str | None = None
+    """Checkpoint file or folder with weights of MODEL, in place of its published ones."""
+
+    radius: float | None = None
+    """Largest distance of each body layer, 0 or more; 0 freezes, inf frees. For mars-pgm and l2-pgm."""
+
+    relative_radius: float | None = None
+    """Largest distance of each body layer as a multiple of the norm of its own pre-trained weights, 0 or more."""
+
+    head_radius: float | None = None
+    """Largest distance of the new head from zero, 0 or more. Not given: the head is free."""
+
+    strength: float | None = None
+    """Factor of the body's penalty in the loss, 0 or more. For l2-sp, mars-sp and delta."""
+
+    head_strength: float | None = None
+    """Factor of the head's penalty in the loss, 0 or more. Not given: no penalty on the head."""
+
+    projection: Literal["radial", "euclidean"] = "radial"
+    """How mars-pgm projects: radial scales a row (the paper), euclidean finds the nearest point of the ball."""
+
+    convention: Literal["operator", "authors"] = "operator"
+    """How weights become rows: operator (the matrix of the linear map) or authors (as the paper's published code)."""
+
+    affine: Literal["free", "frozen"] = "free"
+    """Biases and normalisation layers of a constrained model: free, or frozen at their pre-trained values."""
+
+    include: tuple[str, ...] = ()
+    """Name patterns of parameters that are held too, though they are free by default (embeddings, biases)."""
+
+    exclude: tuple[str, ...] = ()
+    """Name patterns of parameters that are left free."""
+
+    attention: Literal["softmax", "zscore", "sigmoid", "none"] = "softmax"
+    """How delta turns a channel's importance into its weight; softmax is the paper's formula."""
+
+    epochs: int = 30
+    """Passes over the training images, 1 or more."""
+
+    batch_size: int = 32
+    """Images in one forward pass, over all processes together, 1 or more."""
+
+    accumulate: int = 1
+    """Batches whose gradients make one optimiser step, 1 or more."""
+
+    optimizer: str = "amsgrad"
+    """amsgrad, adam, adamw, sgd (momentum 0.9), or the name of any timm or torch.optim optimiser."""
+
+    lr: float = 3e-4
+    """Learning rate, above 0."""
+
+    head_lr: float | None = None
+    """Learning rate of the new head, above 0. Not given: the same."""
+
+    weight_decay: float = 0.0
+    """Weight decay as the optimiser defines it, 0 or more."""
+
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """Learning rate over the run: step (halved after two thirds), cosine (to zero), or constant."""
+
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes, from 0 to below 1."""
+
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the activations (mixed precision); weights stay float32. float16 needs an accelerator."""
+
+    channels_last: bool = True
+    """Memory format of images and convolutions; much faster on CPUs and on tensor cores."""
+
+    compile: bool = False
+    """Compile the model with torch.compile."""
+
+    bn: Literal["frozen", "train"] = "frozen"
+    """Batch-norm statistics: frozen at the pre-trained values, or train. Scale and shift are trained either way."""
+
+    head: Literal["pool", "flatten"] = "pool"
+    """New head: pool (zero-initialised, on pooled features) or flatten (Glorot, on the whole map, as the authors)."""
+
+    size: int | None = None
+    """Side of the images in pixels, 16 or more. Not given: the model's own."""
+
+    per_class: int | None = None
+    """Training images kept of each class, 1 or more, chosen by the seed. Not given: all."""
+
+    augment: bool = False
+    """Random resized crops and flips of the training images."""
+
+    eval_every: int = 1
+    """Epochs between evaluations on the validation images, 1 or more; the last epoch is always evaluated."""
+
+    seed: int = 0
+    """Seed of the subset, the head, the order and everything else random, from 0 to 2^32 - 1."""
+
+    threads: int | None = field(default=None, metadata=_BYSTANDER)
+    """CPU threads of this process, 1 or more; results repeat bit for bit only with the same number."""
+
+    output: str = field(default="runs", metadata=_BYSTANDER)
+    """Folder that the run folder is made in: OUTPUT/DATA/MODEL/METHOD/seed-N-HASH."""
+
+    cache: str | None = field(default=None, metadata=_BYSTANDER)
+    """Folder of decoded images, shared by runs. Not given: tethertune in the user's cache folder."""
+
+    checkpoint_every: float = field(default=60.0, metadata=_BYSTANDER)
+    """Seconds between saved states that a killed run resumes from, 0 or more; 0 saves after every step."""
+
+    def __post_init__(self) -> None:
+        """Check every field, and fill in the method's defaults.
+
+        Raises:
+            ConfigurationError: All faults, one a line.
+        """
+        self._make_plain()
+        faults = [*_type_faults(self), *_range_faults(self), *_combination_faults(self)]
+        if faults:
+            raise ConfigurationError("\n".join(faults))
+        self._fill_in_defaults()
+
+    def _make_plain(self) -> None:
+        """Numbers of float fields become float, lists tuples, so that equal settings have equal identities."""
+        for item, kinds in _kinds():
+            value = getattr(self, item.name)
+            if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, item.name, float(value))
+            elif isinstance(value, list):
+                object.__setattr__(self, item.name, tuple(value))
+
+    def _fill_in_defaults(self) -> None:
+        method = METHODS[self.method]
+        body = [key for key in method.accepts if not key.startswith("head_")]
+        body_is_given = any(getattr(self, key) is not None for key in body)
+        any_is_given = any(getattr(self, key) is not None for key in method.accepts)
+        for key, value in method.defaults.items():
+            if not (body_is_given if key in body else any_is_given):
+                object.__setattr__(self, key, value)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields that change the result, as plain JSON values."""
+        return {
+            item.name: _plain(getattr(self, item.name)) for item in fields(self) if item.metadata.get("identity", True)
+        }
+
+    @property
+    def hash(self) -> str:
+        """The first 8 hexadecimal digits of the SHA-256 of the identity as canonical JSON."""
+        canonical = json.dumps(self.identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values; an infinite radius is the string ``"inf"``."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+    def to_toml(self) -> str:
+        """The effective configuration as a TOML file; fields that are not set are left out."""
+        lines = (f"{key} = {_toml(value)}\n" for key, value in asdict(self).items() if value is not None)
+        return "".join(lines)
+
+    def command(self) -> str:
+        """The shell command that repeats the run: MODEL, DATA, and each option that is not at its default."""
+        words = ["tethertune", "finetune", self.model, self.data, "--method", self.method]
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name not in ("model", "data", "method") and value != item.default:
+                words += _flag(item.name, value)
+        return shlex.join(words)
+
+
+def load_toml(path: str | Path, overrides: Mapping[str, Any] | None = None) -> FinetuneConfig:
+    """Read a configuration from a TOML file of top-level keys, some of them overridden.
+
+    Args:
+        path: The file.
+        overrides: Values that win over the file's.
+
+    Raises:
+        ConfigurationError: The file cannot be read, is not TOML, or holds unknown keys or values that are not
+            allowed; all of them in one message that names the file.
+    """
+    try:
+        given = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"{path}: not a readable TOML file: {error}.") from error
+    known = {item.name: item for item in fields(FinetuneConfig)}
+    faults = [f"{key} is not a key of the configuration.{did_you_mean(key, known)}" for key in given.keys() - known]
+    values = {key: value for key, value in (given | dict(overrides or {})).items() if key in known}
+    for name, item in known.items():
+        if item.default is MISSING and name not in values:
+            faults.append(f"{name} is missing: give it in the file or on the command line.")
+            values[name] = "-"
+    try:
+        config = FinetuneConfig(**values)
+    except ConfigurationError as error:
+        faults += str(error).splitlines()
+    if faults:
+        raise ConfigurationError("\n".join(f"{path}: {fault}" for fault in sorted(faults)))
+    return config
+
+
+def _kinds() -> Iterator[tuple[Field[Any], tuple[Any, ...]]]:
+    """Each field with the types that its annotation allows, e.g. ``(float, NoneType)``."""
+    hints = get_type_hints(FinetuneConfig)
+    for item in fields(FinetuneConfig):
+        hint = hints[item.name]
+        yield item, get_args(hint) if isinstance(hint, UnionType) else (hint,)
+
+
+def _type_faults(config: FinetuneConfig) -> Iterator[str]:
+    for item, kinds in _kinds():
+        value = getattr(config, item.name)
+        if not any(_fits(value, kind) for kind in kinds):
+            yield f"{_quote(item.name, value)} is not allowed: {_wanted(kinds)}.{_suggest(value, kinds)}"
+
+
+def _fits(value: object, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value)
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _wanted(kinds: tuple[Any, ...]) -> str:
+    if get_origin(kinds[0]) is Literal:
+        return f"use {', '.join(get_args(kinds[0]))}"
+    if get_origin(kinds[0]) is tuple:
+        return "use a list of name patterns"
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "nothing"}
+    return f"use {' or '.join(names[kind] for kind in kinds)}"
+
+
+def _suggest(value: object, kinds: tuple[Any, ...]) -> str:
+    return did_you_mean(str(value), get_args(kinds[0])) if get_origin(kinds[0]) is Literal else ""
+
+
+def _range_faults(config: FinetuneConfig) -> Iterator[str]:
+    for item, kinds in _kinds():
+        value = getattr(config, item.name)
+        if item.name in _RANGES and value is not None and any(_fits(value, kind) for kind in kinds):
+            allowed, advice = _RANGES[item.name]
+            if not allowed(value):
+                yield f"{_quote(item.name, value)} is not allowed: {advice}."
+
+
+_RADIUS = (lambda value: value >= 0, "a radius is 0 or more (inf leaves the layers free)")
+_FACTOR = (lambda value: 0 <= value < math.inf, "use a finite number, 0 or more")
+_RATE = (lambda value: 0 < value < math.inf, "use a finite number above 0")
+_COUNT = (lambda value: value >= 1, "use a whole number, 1 or more")
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(("radius", "relative_radius", "head_radius"), _RADIUS),
+    **dict.fromkeys(("strength", "head_strength", "weight_decay", "checkpoint_every"), _FACTOR),
+    **dict.fromkeys(("lr", "head_lr"), _RATE),
+    **dict.fromkeys(("epochs", "batch_size", "accumulate", "per_class", "eval_every", "threads"), _COUNT),
+    "size": (lambda value: value >= 16, "images have 16 pixels a side or more"),
+    "label_smoothing": (lambda value: 0 <= value < 1, "use a number from 0 to below 1"),
+    "seed": (lambda value: 0 <= value < 2**32, f"use a whole number from 0 to {2**32 - 1}"),
+}
+"""The numbers that each field allows, written so that NaN fails, and what to do otherwise."""
+
+
+def _combination_faults(config: FinetuneConfig) -> Iterator[str]:
+    if not isinstance(config.method, str):
+        return  # a type fault
+    if config.method not in METHODS:
+        yield (
+            f"{_quote('method', config.method)} is not known: use {', '.join(METHODS)}."
+            f"{did_you_mean(config.method, METHODS)}"
+        )
+        return
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if value != item.default and config.method not in _TAKEN_BY.get(item.name, METHODS):
+            takers = ", ".join(_TAKEN_BY[item.name])
+            yield f"{_quote(item.name, value)} goes with --method {takers}, not with {config.method}: leave it out."
+    if config.radius is not None and config.relative_radius is not None:
+        yield f"{_quote('radius', config.radius)} and {_quote('relative_radius', config.relative_radius)}: give one."
+
+
+def _methods(*kinds: str) -> tuple[str, ...]:
+    return tuple(method.name for method in METHODS.values() if method.kind in kinds)
+
+
+_TAKEN_BY = {
+    **dict.fromkeys(("radius", "relative_radius", "head_radius", "affine"), _methods("constraint")),
+    **dict.fromkeys(("strength", "head_strength"), _methods("penalty", "features")),
+    **dict.fromkeys(("include", "exclude"), _methods("constraint", "penalty")),
+    "projection": ("mars-pgm",),
+    "attention": _methods("features"),
+}
+"""The methods that take a field, where not all do."""
+
+
+def _dashed(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
+def _quote(key: str, value: object) -> str:
+    """The option as it would be typed: ``--head-radius -1.0``."""
+    return f"{_dashed(key)} {' '.join(value) if isinstance(value, tuple) else value}"
+
+
+def _flag(key: str, value: object) -> list[str]:
+    """The words of one option on the command line."""
+    if isinstance(value, bool):
+        return [_dashed(key) if value else f"--no-{key.replace('_', '-')}"]
+    if isinstance(value, tuple):
+        return [word for item in value for word in (_dashed(key), item)]
+    return [_dashed(key), str(value)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

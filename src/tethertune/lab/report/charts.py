@@ -1,0 +1,425 @@
+"""The figures of the report: Vega-Lite specifications made with Altair, each with the table it draws.
+
+Colours are CSS variables (``var(--method-none)``) that the page replaces by the light or the dark value when it draws.
+Every spec is as wide as its container, and what many layers or seeds say is summed up here, so that the page stays
+small however many runs there are.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
+
+from tethertune.lab.methods import METHODS
+from tethertune.lab.report import formats, movement, tables
+from tethertune.lab.report.grouping import Comparison, Group
+from tethertune.lab.report.statistics import Difference, Summary, summarise
+from tethertune.lab.report.tables import Cell, Table
+
+__all__ = ["Chart", "Figure", "Key", "colour", "figures"]
+
+_DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
+_TEXT = "var(--text)"
+_MUTED = "var(--muted)"
+_CURVES = {"accuracy": "Training accuracy", "validation_accuracy": "Validation accuracy"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """An entry of a legend: a label, the colour of its method, and the dashes of its line."""
+
+    label: str
+    method: str
+    dash: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One drawing: what stands above it, and its Vega-Lite specification, which carries its description."""
+
+    title: str
+    spec: dict[str, Any]
+    method: str | None = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Charts that are read together, the table of what they draw, and a legend if they need one."""
+
+    title: str
+    text: str
+    charts: Sequence[Chart]
+    table: Table
+    legend: Sequence[Key] = ()
+
+
+def colour(method: str) -> str:
+    """The CSS variable that holds the colour of a method, the same in every report."""
+    return f"var(--method-{method if method in METHODS else 'other'})"
+
+
+def figures(comparison: Comparison) -> list[Figure]:
+    """All figures of a comparison for which it has data."""
+    made = (_accuracies(comparison), _curves(comparison), _distances(comparison), _held(comparison))
+    return [figure for figure in made if figure]
+
+
+def _accuracies(comparison: Comparison) -> Figure | None:
+    """Every run as a dot: its accuracy, and its difference to plain fine-tuning with the same seed."""
+    groups = [group for group in comparison.groups if any(map(math.isfinite, group.accuracies.values()))]
+    if not groups:
+        return None
+    charts = [_dots(comparison, groups, [_scores(comparison, group) for group in groups], "Test accuracy, %")]
+    gains = [_gains(comparison, group, gain) for group in groups if (gain := comparison.difference(group))]
+    if gains:
+        charts.append(_dots(comparison, groups, gains, "Difference to none, points", zero=True))
+    columns = ("Method", "Seed", "Test accuracy", "Difference to none, points")
+    return Figure(
+        "Accuracy of every run",
+        "A faint dot is one seed, a full dot the mean. The bar is one standard deviation each way, most of which all "
+        "methods share, and where runs are compared with none seed by seed, the 95 % interval.",
+        charts,
+        Table(
+            "Test accuracy by method and seed", columns, [row for group in groups for row in _runs(comparison, group)]
+        ),
+    )
+
+
+def _runs(comparison: Comparison, group: Group) -> Iterator[list[Cell]]:
+    """A row of cells for each seed of a group."""
+    difference = comparison.difference(group)
+    gains = difference.by_seed if difference else {}
+    for seed, accuracy in group.accuracies.items():
+        gain = formats.points(gains[seed]) if seed in gains else "-"
+        name = Cell(comparison.labels[group], method=group.method)
+        yield [name, Cell(str(seed)), Cell(formats.accuracy(accuracy)), Cell(gain)]
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Dots and their summary, in percent or points."""
+
+    label: str
+    by_seed: dict[int, float]
+    mean: float
+    low: float
+    high: float
+
+
+def _scores(comparison: Comparison, group: Group) -> _Scores:
+    summary, by_seed = group.summary, {seed: 100 * value for seed, value in group.accuracies.items()}
+    low, high = summary.mean - summary.deviation, summary.mean + summary.deviation
+    return _Scores(comparison.labels[group], by_seed, 100 * summary.mean, 100 * low, 100 * high)
+
+
+def _gains(comparison: Comparison, group: Group, difference: Difference) -> _Scores:
+    by_seed = {seed: 100 * value for seed, value in difference.by_seed.items()}
+    low, high = difference.interval or (math.nan, math.nan)
+    return _Scores(comparison.labels[group], by_seed, 100 * difference.mean, 100 * low, 100 * high)
+
+
+def _dots(
+    comparison: Comparison, groups: Sequence[Group], scores: Sequence[_Scores], title: str, *, zero: bool = False
+) -> Chart:
+    means = [
+        {"series": score.label, "mean": _rounded(score.mean), "low": _rounded(score.low), "high": _rounded(score.high)}
+        for score in scores
+        if math.isfinite(score.mean)
+    ]
+    seeds = [
+        {"series": score.label, "seed": seed, "value": _rounded(value)}
+        for score in scores
+        for seed, value in score.by_seed.items()
+        if math.isfinite(value)
+    ]
+    labels = [comparison.labels[group] for group in groups]
+    y = alt.Y("series:N", title=None, scale=alt.Scale(domain=labels), axis=_label_axis())
+    tint = _tint(comparison, groups)
+    tooltip = alt.Tooltip("series:N", title="method")
+    origin = alt.Chart(_data([{"zero": 0}] if zero else [])).mark_rule(color=_MUTED, strokeDash=[4, 4])
+    span = alt.Chart(_data([row for row in means if row["low"] is not None])).mark_rule(strokeWidth=3, opacity=0.45)
+    seed = alt.Chart(_data(seeds)).mark_circle(size=55, opacity=0.45)
+    mean = alt.Chart(_data(means)).mark_circle(size=150, opacity=1)
+    x = alt.X("value:Q", title=title, scale=alt.Scale(zero=False, padding=8), axis=alt.Axis(tickCount=6, offset=8))
+    chart = _layered(
+        origin.encode(x="zero:Q"),
+        span.encode(x="low:Q", x2="high:Q", y=y, color=tint),
+        seed.encode(x=x, y=y, color=tint, tooltip=[tooltip, "seed:Q", alt.Tooltip("value:Q", title=title)]),
+        mean.encode(x="mean:Q", y=y, color=tint, tooltip=[tooltip, alt.Tooltip("mean:Q", title=f"mean {title}")]),
+    )
+    told = "; ".join(f"{score.label} {formats.number(score.mean)}" for score in scores)
+    height = sum(16 + 13 * _lines(label) for label in labels)
+    return Chart(title, _spec(chart, f"{title} by method, mean over seeds: {told}.", height))
+
+
+def _curves(comparison: Comparison) -> Figure | None:
+    """Accuracy by epoch: mean over the seeds and one standard deviation each way."""
+    paths = {
+        measure: {group: path for group in comparison.groups if (path := _path(group, measure))} for measure in _CURVES
+    }
+    drawn = {measure: groups for measure, groups in paths.items() if groups}
+    if not drawn:
+        return None
+    keys = _legend(comparison)
+    charts = [_curve(comparison, keys, measure, groups) for measure, groups in drawn.items()]
+    columns = [(measure, group) for measure, groups in drawn.items() for group in groups]
+    epochs = sorted({epoch for groups in drawn.values() for path in groups.values() for epoch in path})
+    rows = [
+        [Cell(str(epoch)), *(Cell(_percent_at(drawn[measure][group], epoch)) for measure, group in columns)]
+        for epoch in epochs
+    ]
+    heads = [f"{_CURVES[measure]}, {comparison.labels[group]}" for measure, group in columns]
+    return Figure(
+        "Learning curves",
+        "Mean over the seeds; the band is one standard deviation each way. A button of the legend brings out its line.",
+        charts,
+        Table("Accuracy by epoch in percent, mean ± standard deviation", ("Epoch", *heads), rows),
+        keys,
+    )
+
+
+def _path(group: Group, measure: str) -> dict[int, Summary]:
+    """Summary over the seeds of a measure at each epoch where a seed has a finite value."""
+    values: dict[int, list[float]] = {}
+    for run in group.runs.values():
+        for line in run.metrics:
+            value = line.get(measure)
+            if value is not None and math.isfinite(value):
+                values.setdefault(line["epoch"], []).append(value)
+    return {epoch: summarise(values[epoch]) for epoch in sorted(values)}
+
+
+def _percent_at(path: dict[int, Summary], epoch: int) -> str:
+    return formats.spread(path[epoch]).removesuffix(" %") if epoch in path else "-"
+
+
+def _curve(comparison: Comparison, keys: Sequence[Key], measure: str, paths: dict[Group, dict[int, Summary]]) -> Chart:
+    title = _CURVES[measure]
+    rows = [
+        {
+            "series": comparison.labels[group],
+            "epoch": epoch,
+            "mean": _rounded(100 * summary.mean),
+            "low": _rounded(100 * max(summary.mean - summary.deviation, 0)),
+            "high": _rounded(100 * min(summary.mean + summary.deviation, 1)),
+        }
+        for group, path in paths.items()
+        for epoch, summary in path.items()
+    ]
+    labels = [key.label for key in keys]
+    chosen = "chosen == '' || datum.series == chosen"
+    x = alt.X("epoch:Q", title="epoch", axis=alt.Axis(format="d", tickMinStep=1), scale=alt.Scale(nice=False))
+    y = alt.Y("mean:Q", title=f"{title}, %", scale=alt.Scale(zero=False))
+    tint = _tint(comparison, list(paths))
+    dash = alt.StrokeDash(
+        "series:N", legend=None, scale=alt.Scale(domain=labels, range=[list(key.dash) for key in keys])
+    )
+    bright = alt.condition(chosen, alt.value(1), alt.value(0.12))
+    faint = alt.condition(chosen, alt.value(0.14), alt.value(0.02))
+    tooltip = [alt.Tooltip("series:N", title="method"), "epoch:Q", alt.Tooltip("mean:Q", title=f"{title}, %")]
+    band = alt.Chart(_data([row for row in rows if row["low"] is not None])).mark_area(aria=False)
+    line = alt.Chart(_data(rows)).mark_line(strokeWidth=2.2)
+    dots = alt.Chart(_data(rows)).mark_circle(size=26)
+    chart = _layered(
+        band.encode(x=x, y=alt.Y("low:Q", title=f"{title}, %"), y2="high:Q", color=tint, opacity=faint),
+        line.encode(x=x, y=y, color=tint, strokeDash=dash, opacity=bright),
+        dots.encode(x=x, y=y, color=tint, opacity=bright, tooltip=tooltip),
+    ).add_params(alt.param(name="chosen", value=""))
+    told = "; ".join(
+        f"{comparison.labels[group]} ends at {formats.accuracy(path[max(path)].mean)}" for group, path in paths.items()
+    )
+    return Chart(title, _spec(chart, f"{title} by epoch, mean over seeds: {told}.", 260))
+
+
+def _distances(comparison: Comparison) -> Figure | None:
+    """Histograms of the body layers' MARS distances, one a group on common axes, with the radius as a dashed line."""
+    groups = comparison.groups
+    relative = movement.is_relative(groups)
+    lines = {group: movement.radii(group, relative=relative) for group in groups}
+    limits = [radius for group in groups for radius in lines[group]]
+    distances = [layer.distance(relative=relative) for group in groups for layer in movement.layers(group)]
+    bins = movement.bins([*distances, *limits], anchor=min(limits, default=1.0))
+    if bins is None:
+        return None
+    histograms = {group: movement.histogram(group, bins, relative=relative) for group in groups}
+    title = "relative MARS distance" if relative else "MARS distance"
+    charts = [
+        _histogram(comparison, group, histograms[group].counts, lines[group], bins=bins, title=title)
+        for group in groups
+        if any(histograms[group].counts)
+    ]
+    edges = [formats.number(edge, ".3g") for edge in bins.edges]
+    rows = [
+        [
+            Cell(f"{edges[place]} to {edges[place + 1]}"),
+            *(Cell(formats.number(histograms[group].counts[place], ".3g")) for group in groups),
+        ]
+        for place in range(bins.count)
+    ]
+    rows.append(
+        [
+            Cell("did not move, or not finite"),
+            *(Cell(formats.number(histograms[group].still, ".3g")) for group in groups),
+        ]
+    )
+    labels = [comparison.labels[group] for group in groups]
+    unit = ", divided by the MARS norm of these" if relative else ""
+    return Figure(
+        "How far the layers moved",
+        f"Body layers by the MARS distance of their weights from the pre-trained ones{unit}, at the end of the run, "
+        "mean over the seeds. A dashed line is the radius of a MARS ball: nothing can be to the right of it.",
+        charts,
+        Table(f"Body layers a run by {title}", ("From, to", *labels), rows),
+    )
+
+
+def _histogram(
+    comparison: Comparison,
+    group: Group,
+    counts: Sequence[float],
+    radii: Sequence[float],
+    *,
+    bins: movement.Bins,
+    title: str,
+) -> Chart:
+    label, edges = comparison.labels[group], bins.edges
+    rows = [
+        {"from": _significant(low), "to": _significant(high), "layers": _rounded(count), "base": 0}
+        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
+        if count
+    ]
+    domain = [_significant(edges[0]), _significant(edges[-1])]
+    axis = alt.Axis(format="~g", grid=False, tickCount=6)
+    x = alt.X("from:Q", title=title, scale=alt.Scale(type="log", domain=domain, nice=False), axis=axis)
+    y = alt.Y("layers:Q", title="layers a run", axis=alt.Axis(tickCount=4))
+    tooltip = ["from:Q", "to:Q", alt.Tooltip("layers:Q", title="layers a run")]
+    bars = (
+        alt.Chart(_data(rows))
+        .mark_rect(color=colour(group.method), opacity=0.85, stroke="var(--surface)", strokeWidth=0.5)
+        .encode(x=x, x2="to:Q", y=y, y2="base:Q", tooltip=tooltip)
+    )
+    rules = (
+        alt.Chart(_data([{"radius": _significant(radius)} for radius in radii]))
+        .mark_rule(color=_TEXT, strokeDash=[5, 4], strokeWidth=1.5)
+        .encode(x="radius:Q", tooltip=["radius:Q"])
+    )
+    where = f" radius {', '.join(formats.number(radius, '.3g') for radius in radii)}" if radii else ""
+    told = f"{label}: {title} of {formats.number(sum(counts), '.3g')} body layers a run;{where or ' no MARS radius'}."
+    return Chart(f"{label}{',' if where else ''}{where}", _spec(_layered(bars, rules), told, 130), group.method)
+
+
+def _held(comparison: Comparison) -> Figure | None:
+    """How many layers, and how many of their rows, ended at their radius."""
+    held = {group: found for group in comparison.groups if (found := movement.held(group))}
+    table = tables.held(comparison)
+    if table is None:
+        return None
+    labels = [comparison.labels[group] for group in held]
+    rows = [
+        {
+            "series": comparison.labels[group],
+            "layers": _rounded(100 * found.at_radius),
+            "rows": _rounded(100 * found.rows_at_radius),
+        }
+        for group, found in held.items()
+    ]
+    y = alt.Y("series:N", title=None, scale=alt.Scale(domain=labels), axis=_label_axis())
+    x = alt.X("layers:Q", title="at their radius, %", scale=alt.Scale(domain=[0, 100]), axis=alt.Axis(tickCount=5))
+    tooltip = [
+        alt.Tooltip("series:N", title="method"),
+        alt.Tooltip("layers:Q", title="% of layers at their radius"),
+        alt.Tooltip("rows:Q", title="% of rows at their radius"),
+    ]
+    bars = (
+        alt.Chart(_data(rows))
+        .mark_bar(height=18, opacity=0.85)
+        .encode(
+            x=x,
+            y=y,
+            color=_tint(comparison, list(held)),
+            tooltip=tooltip,
+        )
+    )
+    ticks = (
+        alt.Chart(_data(rows))
+        .mark_point(shape="diamond", size=90, filled=True, color=_TEXT, opacity=1)
+        .encode(x=alt.X("rows:Q"), y=y, tooltip=tooltip)
+    )
+    told = "; ".join(
+        f"{comparison.labels[group]} {formats.share(found.at_radius)} % of {found.layers} layers, "
+        f"{formats.share(found.rows_at_radius)} % of their rows"
+        for group, found in held.items()
+    )
+    height = sum(22 + 13 * _lines(label) for label in labels)
+    return Figure(
+        "Layers at their radius",
+        "The bar is the share of constrained body layers that have a row at the radius (within 1 %), the diamond the "
+        "share of all their rows: the ball acts on what touches it and leaves the rest alone.",
+        [
+            Chart(
+                "Share at the radius",
+                _spec(_layered(bars, ticks), f"Share at the radius at the end of training: {told}.", height),
+            )
+        ],
+        table,
+    )
+
+
+def _legend(comparison: Comparison) -> list[Key]:
+    """One entry a group; groups of one method share its colour and differ in their dashes."""
+    seen: dict[str, int] = {}
+    keys = []
+    for group in comparison.groups:
+        place = seen[group.method] = seen.get(group.method, -1) + 1
+        keys.append(Key(comparison.labels[group], group.method, _DASHES[place % len(_DASHES)]))
+    return keys
+
+
+def _tint(comparison: Comparison, groups: Sequence[Group]) -> alt.Color:
+    scale = alt.Scale(
+        domain=[comparison.labels[group] for group in groups], range=[colour(group.method) for group in groups]
+    )
+    return alt.Color("series:N", legend=None, scale=scale)
+
+
+def _label_axis() -> alt.Axis:
+    """Labels of several words go over several lines, which a narrow screen needs."""
+    return alt.Axis(
+        labelExpr="split(replace(datum.label, ')', ''), regexp(' [(]|, '))", labelLimit=170, ticks=False, domain=False
+    )
+
+
+def _lines(label: str) -> int:
+    return len(re.split(r" \(|, ", label))
+
+
+def _data(rows: Iterable[dict[str, Any]]) -> alt.InlineData:
+    return alt.InlineData(values=list(rows))
+
+
+def _layered(*marks: alt.Chart) -> alt.LayerChart:
+    """The marks over one another; those without data are left out, for they would spoil the scales."""
+    return alt.layer(*(mark for mark in marks if mark.data.values))
+
+
+def _spec(chart: alt.Chart, description: str, height: int) -> dict[str, Any]:
+    spec: dict[str, Any] = chart.properties(
+        width="container",
+        height=height,
+        description=description,
+        autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
+    ).to_dict()
+    del spec["config"]  # the page brings the theme
+    return spec
+
+
+def _rounded(value: float) -> float | None:
+    """Two decimals, as much as an eye can tell; null where JSON has no word for the value."""
+    return round(value, 2) if math.isfinite(value) else None
+
+
+def _significant(value: float) -> float:
+    return float(f"{value:.6g}")

@@ -1,0 +1,220 @@
+"""Which runs belong together: comparisons of settings, settings of groups, groups of runs.
+
+::
+
+    Comparison   one data set and one model                     a section of the report
+    └── Setting  everything else but the method                 within it, differences to `none` are fair
+        └── Group  one method with its radii or strengths       a row of the table
+            └── Run  one seed
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from tethertune.lab.config import FinetuneConfig
+from tethertune.lab.methods import METHODS
+from tethertune.lab.report import formats
+from tethertune.lab.report.statistics import Difference, Summary, paired, summarise
+from tethertune.lab.runs import Run
+
+__all__ = ["BASELINE", "FOREMOST", "Comparison", "Group", "Setting", "compare", "outcome", "seedless"]
+
+BASELINE = "none"
+"""The method that all others are compared with: plain fine-tuning."""
+
+FOREMOST = ("head", "lr", "head_lr")
+"""The configuration names that a reader looks for first."""
+
+_DEFAULTS = {item.name: item.default for item in fields(FinetuneConfig) if item.default is not MISSING}
+_STRENGTHS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.accepts))
+_VARIANTS = ("projection", "convention", "affine", "include", "exclude", "attention")
+_METHOD = ("method", *_STRENGTHS, *_VARIANTS)
+_BYSTANDERS = tuple(item.name for item in fields(FinetuneConfig) if not item.metadata.get("identity", True))
+_PREFIX = len("sha256:") + 12  # of a fingerprint, enough to tell two apart
+_NEUTRAL = ("seed", "model", "weights", "data", *_BYSTANDERS)  # weights and data count by their fingerprints
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Finished runs that differ in their seed only.
+
+    Attributes:
+        method: Name of the method.
+        strengths: Its radii or strengths, and what else of the method is not as usual; by configuration name.
+        runs: By seed.
+    """
+
+    method: str
+    strengths: Mapping[str, Any]
+    runs: Mapping[int, Run]
+
+    @cached_property
+    def accuracies(self) -> dict[int, float]:
+        """Test accuracy (fraction) by seed; NaN where the run has none."""
+        return {seed: outcome(run, "test_accuracy") for seed, run in self.runs.items()}
+
+    @cached_property
+    def summary(self) -> Summary:
+        """Mean and deviation of the test accuracies."""
+        return summarise(list(self.accuracies.values()))
+
+    def minus(self, other: "Group") -> Difference | None:
+        """Test accuracy minus that of another group on the common seeds."""
+        return paired(self.accuracies, other.accuracies)
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """Groups that share all of their configuration but the method.
+
+    Attributes:
+        fields: The shared configuration, by name.
+        groups: In the order of the methods.
+    """
+
+    fields: Mapping[str, Any]
+    groups: Sequence[Group]
+
+    @property
+    def baseline(self) -> Group | None:
+        """Plain fine-tuning in this setting."""
+        return next((group for group in self.groups if group.method == BASELINE), None)
+
+    @property
+    def best(self) -> Group | None:
+        """The group of the highest mean test accuracy; None when no mean is finite."""
+        finite = [group for group in self.groups if math.isfinite(group.summary.mean)]
+        return max(finite, key=lambda group: group.summary.mean, default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """All runs of one model on one data set.
+
+    Attributes:
+        dataset: Name of the data set.
+        model: Name of the model.
+        settings: The main one first: that with the most methods, then the most runs.
+        unfinished: Runs that are not complete.
+        repeated: Runs that repeat the seed of another run of their group, which counts once.
+    """
+
+    dataset: str
+    model: str
+    settings: Sequence[Setting]
+    unfinished: Sequence[Run]
+    repeated: Sequence[Run]
+
+    @property
+    def groups(self) -> list[Group]:
+        """All groups, those of the main setting first."""
+        return [group for setting in self.settings for group in setting.groups]
+
+    @cached_property
+    def varying(self) -> list[str]:
+        """The configuration names in which the settings differ: head and learning rates, then the others."""
+        names = dict.fromkeys([*FOREMOST, *(name for setting in self.settings for name in setting.fields)])
+        return [name for name in names if len({_key(setting.fields.get(name)) for setting in self.settings}) > 1]
+
+    def difference(self, group: Group) -> Difference | None:
+        """Difference of a group to plain fine-tuning in its own setting; None for plain fine-tuning itself."""
+        baseline = next(setting.baseline for setting in self.settings if group in setting.groups)
+        return None if baseline is None or baseline is group else group.minus(baseline)
+
+    @cached_property
+    def labels(self) -> dict[Group, str]:
+        """A short name for each group: the method, and what tells it from the others of that method."""
+        labels = {}
+        for setting in self.settings:
+            apart = {name: setting.fields[name] for name in self.varying if name in setting.fields}
+            for group in setting.groups:
+                rivals = [other for other in setting.groups if other.method == group.method]
+                words = [formats.fields(group.strengths)] if len(rivals) > 1 else []
+                words += [formats.fields(apart)] if setting is not self.settings[0] else []
+                told = ", ".join(filter(None, words))
+                labels[group] = f"{group.method} ({told})" if told else group.method
+        return labels
+
+
+def compare(runs: Iterable[Run]) -> list[Comparison]:
+    """Sort runs into comparisons; neither the order of the runs nor their place on disk changes the result."""
+    places: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: (str(run.info.get("hash")), str(run.path))):
+        places[str(run.info["data"]["name"]), str(run.info["model"]["name"])].append(run)
+    return [_comparison(dataset, model, places[dataset, model]) for dataset, model in sorted(places)]
+
+
+def outcome(run: Run, name: str) -> float:
+    """A number of the outcome of a run; NaN where it is missing or was not finite."""
+    value = (run.info.get("outcome") or {}).get(name)
+    return math.nan if value is None else float(value)
+
+
+def seedless(run: Run) -> dict[str, Any]:
+    """The configuration of a run that it shares with the other runs of its group."""
+    return {name: value for name, value in run.info["config"].items() if name != "seed" and name not in _BYSTANDERS}
+
+
+def _comparison(dataset: str, model: str, runs: Sequence[Run]) -> Comparison:
+    shared: dict[str, dict[str, Any]] = {}
+    grouped: dict[str, dict[str, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
+    unfinished, repeated = [], []
+    for run in runs:
+        if not run.complete:
+            unfinished.append(run)
+            continue
+        config = _DEFAULTS | run.info["config"]
+        apart = _shared(config) | _fingerprints(run)
+        key = _key(apart)
+        shared[key] = apart
+        seeds = grouped[key][_key({name: config[name] for name in _METHOD})]
+        if config["seed"] in seeds:
+            repeated.append(run)
+        else:
+            seeds[config["seed"]] = run
+    settings = [Setting(shared[key], _groups(groups.values())) for key, groups in sorted(grouped.items())]
+    settings.sort(key=_weight, reverse=True)
+    unfinished.sort(key=lambda run: (_rank(run.info["config"]["method"]), run.info["config"]["seed"]))
+    return Comparison(dataset, model, settings, unfinished, repeated)
+
+
+def _groups(seeds: Iterable[Mapping[int, Run]]) -> list[Group]:
+    groups = []
+    for runs in seeds:
+        config = _DEFAULTS | next(iter(runs.values())).info["config"]
+        groups.append(Group(config["method"], _strengths(config), dict(sorted(runs.items()))))
+    return sorted(groups, key=lambda group: (_rank(group.method), _key(group.strengths)))
+
+
+def _strengths(config: Mapping[str, Any]) -> dict[str, Any]:
+    given = {name: config[name] for name in _STRENGTHS if config[name] is not None}
+    return given | {name: config[name] for name in _VARIANTS if _key(config[name]) != _key(_DEFAULTS[name])}
+
+
+def _shared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What does not belong to the method, the seed, or the place where a run was made."""
+    return {name: value for name, value in config.items() if name not in _METHOD + _NEUTRAL}
+
+
+def _fingerprints(run: Run) -> dict[str, Any]:
+    """Which images and which pre-trained weights a run really used."""
+    images, weights = run.info["data"].get("fingerprint"), run.info["model"].get("weights_sha256")
+    return {"images": images and images[:_PREFIX], "weights": weights and weights[:_PREFIX]}
+
+
+def _weight(setting: Setting) -> tuple[int, int]:
+    return len({group.method for group in setting.groups}), sum(len(group.runs) for group in setting.groups)
+
+
+def _rank(method: str) -> tuple[int, str]:
+    order = list(METHODS)
+    return (order.index(method) if method in METHODS else len(order)), method
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)

