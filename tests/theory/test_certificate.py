@@ -12,9 +12,8 @@ LAYERS = [Layer(2.0, 1.0), Layer(4.0, 1.0)]
 COMMON = {"head_bound": 1.0, "samples": 100, "classes": 2, "lipschitz": 1.0}
 DIMS, ALPHAS = [8, 4, 2], [1.0, 0.5, 0.25]
 
-balls = st.builds(
-    lambda kept, moved: Layer(kept + moved, moved), st.floats(1e-2, 1e2), st.just(0.0) | st.floats(1e-3, 1e2)
-)
+distances = st.just(0.0) | st.floats(1e-3, 1e2)
+balls = st.builds(lambda kept, moved: Layer(kept + moved, moved), st.floats(1e-2, 1e2), distances)
 
 
 @st.composite

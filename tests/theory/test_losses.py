@@ -58,7 +58,7 @@ def test_cross_entropy_reaches_its_range():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: CrossEntropy(), "bound the logits"),
+        (CrossEntropy, "bound the logits"),
         (lambda: Ramp(0.0), "margin=0.0"),
         (lambda: ClippedCrossEntropy(-1.0), "clip"),
         (lambda: Ramp(None).lipschitz, "has no margin yet"),

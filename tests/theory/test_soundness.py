@@ -112,7 +112,7 @@ def _row_vertices(node, gradient, ball, scale):
     return vertex.view_as(gradient)
 
 
-def searched(model, head, network, state, balls, images, frozen, generator):
+def searched(model, head, network, state, balls, *, images, frozen, generator):
     """Mean over draws of signs of the largest sup norm that the search finds."""
     body = copy.deepcopy(model)
     features = {}
@@ -122,19 +122,13 @@ def searched(model, head, network, state, balls, images, frozen, generator):
         functional_call(body, weights, (images,))
         return features["x"] - frozen
 
-    names = [
-        name for node in network.linears.values() for name in node.parameters if state[name].requires_grad is False
-    ]
+    names = [name for node in network.linears.values() for name in node.parameters if "running" not in name]
     reached = []
     for _ in range(DRAWS):
         signs = torch.randint(0, 2, (SAMPLES,), generator=generator).double() * 2 - 1
         best, weights = 0.0, {}
         for _ in range(STEPS):
-            current = {
-                name: (weights.get(name, state[name]) + 0).requires_grad_()
-                for name in names
-                if state[name].is_floating_point() and "running" not in name
-            }
+            current = {name: weights.get(name, state[name]).clone().requires_grad_() for name in names}
             total = (signs[:, None] * run(current)).sum(0)
             best = max(best, float(total.detach().abs().max()))
             top = total.abs().argmax() if weights else torch.randint(len(total), (1,), generator=generator)[0]
@@ -169,9 +163,9 @@ def test_no_network_of_the_class_exceeds_the_bounds(make, seed):
             model(images)
         handle.remove()
         frozen = store["x"]
-        found = searched(model, head, network, state, balls, images, frozen, generator)
+        found = searched(model, head, network, state, balls, images=images, frozen=frozen, generator=generator)
         assert 0 < found <= math.exp(moved.log_expectation)
         assert found <= SAMPLES * math.exp(furthest.log_shift)
         assert float(frozen.abs().max()) <= math.exp(furthest.log_size) * (1 + 1e-12)
-        found = searched(model, head, network, state, balls, images, 0.0, generator)
+        found = searched(model, head, network, state, balls, images=images, frozen=0.0, generator=generator)
         assert 0 < found <= math.exp(whole.log_expectation)

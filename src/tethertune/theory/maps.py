@@ -66,20 +66,22 @@ class Dense:
 
     def mars(self, weight: Tensor) -> float:
         """Largest row l1 norm."""
-        return float(weight.double().abs().sum(1).max())
+        return float(torch.linalg.vector_norm(weight.double(), 1, dim=1).max())
 
     def norms(self, weight: Tensor, effort: Effort = "best") -> OperatorNorms:
         """All norms; the weight is (out, in)."""
         weight = weight.double()
-        rows = weight.square().sum(1)
+        rows = torch.linalg.vector_norm(weight, dim=1)
         mars = self.mars(weight)
-        one = float(weight.abs().sum(0).max())
-        frobenius = float(rows.sum().sqrt())
-        value, status = spectra.dense(weight.unsqueeze(0), effort), _status(effort, exact=True)
+        one = float(torch.linalg.vector_norm(weight, 1, dim=0).max())
+        frobenius = float(rows.norm())
+        status: SpectralIs = "estimate" if effort == "estimate" else "exact"
         if effort == "fast" and min(weight.shape) > spectra.SMALL:
             value, status = min(math.sqrt(mars * one), frobenius), "upper"
+        else:
+            value = spectra.dense(weight.unsqueeze(0), effort)
         return OperatorNorms(
-            mars, frobenius * math.sqrt(self.copies), float(rows.sqrt().sum()) * self.copies, one, value, status, mars
+            mars, frobenius * math.sqrt(self.copies), float(rows.sum()) * self.copies, one, value, status, mars
         )
 
 
@@ -215,9 +217,3 @@ class Convolution:
 def _two_dimensional(weight: Tensor) -> Tensor:
     """A kernel in float64, one over a single dimension seen as one of height 1."""
     return (weight.unsqueeze(2) if weight.ndim == 3 else weight).double()
-
-
-def _status(effort: Effort, *, exact: bool) -> SpectralIs:
-    if effort == "estimate":
-        return "estimate"
-    return "exact" if exact else "upper"
