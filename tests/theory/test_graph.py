@@ -58,6 +58,7 @@ def kinds(function, channels=4, **modules):
         (lambda _, x: functional.max_pool2d(functional.pad(x, (0, 1, 0, 1), value=-torch.inf), 3, 2), [MaxPool]),
         (lambda _, x: functional.avg_pool2d(x, 2) / 3, [Fixed, Fixed]),
         (lambda _, x: functional.adaptive_avg_pool2d(x, 2), [Fixed]),
+        (lambda _, x: functional.interpolate(x, scale_factor=2), [Fixed]),
         (lambda _, x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), [Fixed] * 3),
         (lambda _, x: torch.cat(x.chunk(2, 1)[::-1], 1), [Fixed, Fixed, Fixed, Concat]),
     ],

@@ -428,8 +428,10 @@ def _compare(
     for node in network.linears.values():
         weight, bias = node.folded(state)
         weight0, _ = node.folded(reference)
-        norms.append((node.geometry.norms(weight0, "fast"), node.geometry.norms(weight - weight0, "fast")))
         parameters += weight.numel() + (0 if bias is None else bias.numel())
+        moved = weight - weight0
+        del weight
+        norms.append((node.geometry.norms(weight0, "fast"), node.geometry.norms(moved, "fast")))
     head, head_bias = network.head.folded(state)
     parameters += head.numel() + (0 if head_bias is None else head_bias.numel())
     size, total_classes, rho = sample.size, sample.scores.classes, loss.lipschitz

@@ -87,17 +87,20 @@ def measure(
 def _measure(node: Linear, state: Mapping[str, Tensor], reference: Mapping[str, Tensor], norm: str) -> Measured:
     weight, bias = node.folded(state)
     weight0, bias0 = node.folded(reference)
+    moved = weight - weight0
     ball = Ball(
         reference=node.geometry.mars(weight0),
-        distance=node.geometry.mars(weight - weight0),
+        distance=node.geometry.mars(moved),
         shift=0.0 if bias is None or bias0 is None else float((bias - bias0).abs().max()),
         bias=0.0 if bias0 is None else float(bias0.abs().max()),
     )
     if not all(math.isfinite(value) for value in (ball.reference, ball.distance, ball.shift, ball.bias)):
         raise ConfigurationError(f"{node.name} has weights that are not finite.")
+    del weight, weight0  # a large layer's are gigabytes
     kernel = 0.0
     if node.weight is not None:
-        moved = state[node.weight].detach().double() - reference[node.weight].detach().double()
+        if node.norm is not None:
+            moved = state[node.weight].detach().double() - reference[node.weight].detach().double()
         geometry = node.geometry
         if norm == "frobenius":
             kernel = float(moved.norm())

@@ -271,9 +271,9 @@ _COORDINATES = {
     "flatten", "view", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "permute", "transpose", "contiguous", "clone",
     "detach", "alias", "dropout", "feature_dropout", "alpha_dropout", "slice", "select", "split", "split_with_sizes",
     "chunk", "unbind", "identity", "narrow", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "flip",
-    "_assert_tensor_metadata",
+    "_assert_tensor_metadata", "upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d",
 }  # fmt: skip
-"""Operators whose output entries are each one of the input's entries."""
+"""Operators whose output entries are each one of the input's entries, 0, or an average of some."""
 
 
 @dataclass

@@ -177,14 +177,15 @@ class Convolution:
 
     def _rows(self, values: Tensor) -> Tensor:
         vertical, horizontal = self._taps
-        return torch.einsum("oab,ay,bx->oyx", values.sum(1), vertical.rows, horizontal.rows)
+        return torch.einsum("oab,ay,bx->oyx", values.sum(1), vertical.rows.to(values), horizontal.rows.to(values))
 
     def _columns(self, values: Tensor) -> Tensor:
         vertical, horizontal = self._taps
         out, inner = values.shape[:2]
         by_input = values.view(self.groups, out // self.groups, *values.shape[1:]).sum(1)
         by_input = by_input.reshape(self.groups * inner, *values.shape[2:])
-        return torch.einsum("oab,ay,bx->oyx", by_input, vertical.columns, horizontal.columns)
+        counts = vertical.columns.to(values), horizontal.columns.to(values)
+        return torch.einsum("oab,ay,bx->oyx", by_input, *counts)
 
     def mars(self, weight: Tensor) -> float:
         """Largest row l1 norm, exactly, for this input size."""

@@ -140,9 +140,7 @@ def _convolution(module: nn.Module, size: tuple[int, ...]) -> Convolution:
     return Convolution(axes[0], axes[1], module.groups, isinstance(module, _TRANSPOSED))
 
 
-def transposed_axis(  # noqa: PLR0917 (the order of torch's own arguments)
-    length: int, kernel: int, stride: int, dilation: int, padding: int, output_padding: int
-) -> Axis:
+def transposed_axis(length: int, kernel: int, stride: int, dilation: int, padding: int, output_padding: int) -> Axis:
     """The axis of the convolution that a transposed convolution of an input of this length transposes."""
     outputs = (length - 1) * stride - 2 * padding + dilation * (kernel - 1) + output_padding + 1
     # ``after`` is what makes that convolution give exactly ``length`` outputs.

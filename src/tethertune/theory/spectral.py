@@ -13,7 +13,7 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -39,7 +39,7 @@ def dense(matrices: Tensor, effort: str = "best") -> float:
     Found from the eigenvalues of the smaller Gram matrix, which loses nothing at the top of the spectrum.
     """
     if effort == "estimate":
-        return max(_power(matrix.__matmul__, matrix.shape[1:]) for matrix in matrices)
+        return max(_power(matrix.__matmul__, matrix[0]) for matrix in matrices)
     scale = matrices.abs().amax()
     if scale == 0:
         return 0.0
@@ -91,7 +91,9 @@ def _room(axis: Axis) -> int:
 
 
 def _unrolled(kernels: Tensor, vertical: Axis, horizontal: Axis) -> float:
-    matrix = torch.einsum("goiuv,yuh,xvw->goyxihw", kernels, vertical.matrix(), horizontal.matrix())
+    matrix = torch.einsum(
+        "goiuv,yuh,xvw->goyxihw", kernels, *(axis.matrix().to(kernels) for axis in (vertical, horizontal))
+    )
     return dense(matrix.flatten(4).flatten(1, 3))
 
 
@@ -121,7 +123,7 @@ def _polyphase(kernels: Tensor, vertical: Axis, horizontal: Axis, grid: tuple[in
         coarse = size // axis.stride
         frequencies = torch.arange(coarse)[:, None] + torch.arange(axis.stride) * coarse
         angle = frequencies.double()[..., None] * taps * (-2 * math.pi / size)
-        phases.append(torch.polar(torch.ones_like(angle), angle))  # (coarse, stride, taps)
+        phases.append(torch.polar(torch.ones_like(angle), angle).to(kernels.device))  # (coarse, stride, taps)
     down, across = phases
     down = down[: len(down) // 2 + 1]
     g, o, i = kernels.shape[:3]
@@ -146,12 +148,12 @@ def _estimate(weight: Tensor, vertical: Axis, horizontal: Axis, groups: int) -> 
         padded = functional.pad(x, pads, mode=mode) if any(pads) else x
         return functional.conv2d(padded, weight, None, stride, 0, dilation, groups)
 
-    return _power(forward, (1, channels, vertical.length, horizontal.length))
+    return _power(forward, weight.new_empty(1, channels, vertical.length, horizontal.length))
 
 
-def _power(forward: Callable[[Tensor], Tensor], shape: Sequence[int]) -> float:
+def _power(forward: Callable[[Tensor], Tensor], like: Tensor) -> float:
     """Power iteration on the map and its adjoint, from a fixed start."""
-    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(like.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(like.device)
     value = 0.0
     for _ in range(_POWER_STEPS):
         x = (x / x.norm()).requires_grad_()
