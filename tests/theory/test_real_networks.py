@@ -72,7 +72,7 @@ def scramble(model):
         "mobilenet_v2",
         "densenet121",
         "shufflenet_v2",
-    ],  # fmt: skip
+    ],
 )
 def test_networks_that_are_covered(make, head, size, maps):
     reference = scramble(make())
