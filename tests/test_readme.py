@@ -48,9 +48,10 @@ def trainer(namespace, images):
 # ---------------------------------------------------------------------------------------------------------- code
 
 
-def test_every_block_of_python_is_run_below():
-    counts = {str(path.relative_to(ROOT)): len(python_blocks(path)) for path in DOCUMENTS}
-    assert {name: count for name, count in counts.items() if count} == {"README.md": 1, "docs/guide.md": 2}
+def test_every_block_of_python_is_run_below_or_as_a_doctest():
+    plain = {path: [block for block in python_blocks(path) if not block.startswith(">>> ")] for path in DOCUMENTS}
+    counts = {str(path.relative_to(ROOT)): len(blocks) for path, blocks in plain.items() if blocks}
+    assert counts == {"README.md": 1, "docs/guide.md": 2}
 
 
 def test_the_lines_of_the_readme(capsys):

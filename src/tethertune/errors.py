@@ -4,7 +4,8 @@
 
     TethertuneError
     ├── ConfigurationError (ValueError)     an argument, a configuration key or a combination is not allowed
-    │   └── PatternError                    a name pattern matches no parameter
+    │   ├── PatternError                    a name pattern matches no parameter
+    │   └── theory.NotCoveredError          a network holds an operation that no certificate covers
     ├── AttachError                         this optimiser cannot carry the constraint
     ├── ReferenceMismatchError              a reference of another network, another shape, or another fingerprint
     ├── NonFiniteWeightError                a row holds a NaN or an infinity

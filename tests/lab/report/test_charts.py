@@ -6,7 +6,7 @@ import pytest
 
 from tethertune.lab import runs
 from tethertune.lab.methods import METHODS
-from tethertune.lab.report import charts
+from tethertune.lab.report import charts, drawing
 from tethertune.lab.report.grouping import compare
 
 
@@ -108,10 +108,10 @@ def test_histograms_share_their_axis(demo):
 def test_methods_keep_their_colour_and_groups_of_one_method_differ_in_dashes(demo):
     legend = figures(demo)["Learning curves"].legend
 
-    assert [key.method for key in legend].count("none") == 2
-    assert len({(key.method, tuple(key.dash)) for key in legend}) == len(legend)
-    assert charts.colour("mars-pgm") == "var(--method-mars-pgm)"
-    assert charts.colour("of a later version") == "var(--method-other)"
+    assert [key.colour for key in legend].count(drawing.colour("none")) == 2
+    assert len({(key.colour, tuple(key.dash)) for key in legend}) == len(legend)
+    assert drawing.colour("mars-pgm") == "var(--method-mars-pgm)"
+    assert drawing.colour("of a later version") == "var(--method-other)"
 
 
 def test_every_method_has_a_light_and_a_dark_colour():

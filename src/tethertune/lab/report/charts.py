@@ -1,64 +1,26 @@
-"""The figures of the report: Vega-Lite specifications made with Altair, each with the table it draws.
+"""The figures of the report.
 
-Colours are CSS variables (``var(--method-none)``) that the page replaces by the light or the dark value when it draws.
-Every spec is as wide as its container, and what many layers or seeds say is summed up here, so that the page stays
-small however many runs there are.
+What many layers or seeds say is summed up here, so that the page stays small however many runs there are.
 """
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import altair as alt
 
-from tethertune.lab.methods import METHODS
-from tethertune.lab.report import formats, movement, tables
+from tethertune.lab.report import drawing, formats, movement, tables
+from tethertune.lab.report.drawing import Chart, Figure, Key, colour
 from tethertune.lab.report.grouping import Comparison, Group
 from tethertune.lab.report.statistics import Difference, Summary, summarise
 from tethertune.lab.report.tables import Cell, Table
 
-__all__ = ["Chart", "Figure", "Key", "colour", "figures"]
+__all__ = ["figures"]
 
-_DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
 _TEXT = "var(--text)"
 _MUTED = "var(--muted)"
 _CURVES = {"accuracy": "Training accuracy", "validation_accuracy": "Validation accuracy"}
-
-
-@dataclass(frozen=True)
-class Key:
-    """An entry of a legend: a label, the colour of its method, and the dashes of its line."""
-
-    label: str
-    method: str
-    dash: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One drawing: what stands above it, and its Vega-Lite specification, which carries its description."""
-
-    title: str
-    spec: dict[str, Any]
-    method: str | None = None
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Charts that are read together, the table of what they draw, and a legend if they need one."""
-
-    title: str
-    text: str
-    charts: Sequence[Chart]
-    table: Table
-    legend: Sequence[Key] = ()
-
-
-def colour(method: str) -> str:
-    """The CSS variable that holds the colour of a method, the same in every report."""
-    return f"var(--method-{method if method in METHODS else 'other'})"
 
 
 def figures(comparison: Comparison) -> list[Figure]:
@@ -125,12 +87,17 @@ def _dots(
     comparison: Comparison, groups: Sequence[Group], scores: Sequence[_Scores], title: str, *, zero: bool = False
 ) -> Chart:
     means = [
-        {"series": score.label, "mean": _rounded(score.mean), "low": _rounded(score.low), "high": _rounded(score.high)}
+        {
+            "series": score.label,
+            "mean": drawing.rounded(score.mean),
+            "low": drawing.rounded(score.low),
+            "high": drawing.rounded(score.high),
+        }
         for score in scores
         if math.isfinite(score.mean)
     ]
     seeds = [
-        {"series": score.label, "seed": seed, "value": _rounded(value)}
+        {"series": score.label, "seed": seed, "value": drawing.rounded(value)}
         for score in scores
         for seed, value in score.by_seed.items()
         if math.isfinite(value)
@@ -139,12 +106,14 @@ def _dots(
     y = alt.Y("series:N", title=None, scale=alt.Scale(domain=labels), axis=_label_axis())
     tint = _tint(comparison, groups)
     tooltip = alt.Tooltip("series:N", title="method")
-    origin = alt.Chart(_data([{"zero": 0}] if zero else [])).mark_rule(color=_MUTED, strokeDash=[4, 4])
-    span = alt.Chart(_data([row for row in means if row["low"] is not None])).mark_rule(strokeWidth=3, opacity=0.45)
-    seed = alt.Chart(_data(seeds)).mark_circle(size=55, opacity=0.45)
-    mean = alt.Chart(_data(means)).mark_circle(size=150, opacity=1)
+    origin = alt.Chart(drawing.data([{"zero": 0}] if zero else [])).mark_rule(color=_MUTED, strokeDash=[4, 4])
+    span = alt.Chart(drawing.data([row for row in means if row["low"] is not None])).mark_rule(
+        strokeWidth=3, opacity=0.45
+    )
+    seed = alt.Chart(drawing.data(seeds)).mark_circle(size=55, opacity=0.45)
+    mean = alt.Chart(drawing.data(means)).mark_circle(size=150, opacity=1)
     x = alt.X("value:Q", title=title, scale=alt.Scale(zero=False, padding=8), axis=alt.Axis(tickCount=6, offset=8))
-    chart = _layered(
+    chart = drawing.layered(
         origin.encode(x="zero:Q"),
         span.encode(x="low:Q", x2="high:Q", y=y, color=tint),
         seed.encode(x=x, y=y, color=tint, tooltip=[tooltip, "seed:Q", alt.Tooltip("value:Q", title=title)]),
@@ -152,7 +121,7 @@ def _dots(
     )
     told = "; ".join(f"{score.label} {formats.number(score.mean)}" for score in scores)
     height = sum(16 + 13 * _lines(label) for label in labels)
-    return Chart(title, _spec(chart, f"{title} by method, mean over seeds: {told}.", height))
+    return Chart(title, drawing.spec(chart, f"{title} by method, mean over seeds: {told}.", height))
 
 
 def _curves(comparison: Comparison) -> Figure | None:
@@ -202,36 +171,27 @@ def _curve(comparison: Comparison, keys: Sequence[Key], measure: str, paths: dic
         {
             "series": comparison.labels[group],
             "epoch": epoch,
-            "mean": _rounded(100 * summary.mean),
-            "low": _rounded(100 * max(summary.mean - summary.deviation, 0)),
-            "high": _rounded(100 * min(summary.mean + summary.deviation, 1)),
+            "mean": drawing.rounded(100 * summary.mean),
+            "low": drawing.rounded(100 * max(summary.mean - summary.deviation, 0)),
+            "high": drawing.rounded(100 * min(summary.mean + summary.deviation, 1)),
         }
         for group, path in paths.items()
         for epoch, summary in path.items()
     ]
-    labels = [key.label for key in keys]
-    chosen = "chosen == '' || datum.series == chosen"
     x = alt.X("epoch:Q", title="epoch", axis=alt.Axis(format="d", tickMinStep=1), scale=alt.Scale(nice=False))
     y = alt.Y("mean:Q", title=f"{title}, %", scale=alt.Scale(zero=False))
-    tint = _tint(comparison, list(paths))
-    dash = alt.StrokeDash(
-        "series:N", legend=None, scale=alt.Scale(domain=labels, range=[list(key.dash) for key in keys])
-    )
-    bright = alt.condition(chosen, alt.value(1), alt.value(0.12))
-    faint = alt.condition(chosen, alt.value(0.14), alt.value(0.02))
+    faint = alt.condition(drawing.CHOSEN, alt.value(0.14), alt.value(0.02))
     tooltip = [alt.Tooltip("series:N", title="method"), "epoch:Q", alt.Tooltip("mean:Q", title=f"{title}, %")]
-    band = alt.Chart(_data([row for row in rows if row["low"] is not None])).mark_area(aria=False)
-    line = alt.Chart(_data(rows)).mark_line(strokeWidth=2.2)
-    dots = alt.Chart(_data(rows)).mark_circle(size=26)
-    chart = _layered(
-        band.encode(x=x, y=alt.Y("low:Q", title=f"{title}, %"), y2="high:Q", color=tint, opacity=faint),
-        line.encode(x=x, y=y, color=tint, strokeDash=dash, opacity=bright),
-        dots.encode(x=x, y=y, color=tint, opacity=bright, tooltip=tooltip),
-    ).add_params(alt.param(name="chosen", value=""))
+    band = alt.Chart(drawing.data([row for row in rows if row["low"] is not None])).mark_area(aria=False)
+    low = alt.Y("low:Q", title=f"{title}, %")
+    chart = drawing.choosable(
+        band.encode(x=x, y=low, y2="high:Q", color=drawing.tint(keys), opacity=faint),
+        *drawing.lines(rows, keys, x=x, y=y, tooltip=tooltip),
+    )
     told = "; ".join(
         f"{comparison.labels[group]} ends at {formats.accuracy(path[max(path)].mean)}" for group, path in paths.items()
     )
-    return Chart(title, _spec(chart, f"{title} by epoch, mean over seeds: {told}.", 260))
+    return Chart(title, drawing.spec(chart, f"{title} by epoch, mean over seeds: {told}.", 260))
 
 
 def _distances(comparison: Comparison) -> Figure | None:
@@ -287,28 +247,30 @@ def _histogram(
 ) -> Chart:
     label, edges = comparison.labels[group], bins.edges
     rows = [
-        {"from": _significant(low), "to": _significant(high), "layers": _rounded(count), "base": 0}
+        {"from": drawing.significant(low), "to": drawing.significant(high), "layers": drawing.rounded(count), "base": 0}
         for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
         if count
     ]
-    domain = [_significant(edges[0]), _significant(edges[-1])]
+    domain = [drawing.significant(edges[0]), drawing.significant(edges[-1])]
     axis = alt.Axis(format="~g", grid=False, tickCount=6)
     x = alt.X("from:Q", title=title, scale=alt.Scale(type="log", domain=domain, nice=False), axis=axis)
     y = alt.Y("layers:Q", title="layers a run", axis=alt.Axis(tickCount=4))
     tooltip = ["from:Q", "to:Q", alt.Tooltip("layers:Q", title="layers a run")]
     bars = (
-        alt.Chart(_data(rows))
+        alt.Chart(drawing.data(rows))
         .mark_rect(color=colour(group.method), opacity=0.85, stroke="var(--surface)", strokeWidth=0.5)
         .encode(x=x, x2="to:Q", y=y, y2="base:Q", tooltip=tooltip)
     )
     rules = (
-        alt.Chart(_data([{"radius": _significant(radius)} for radius in radii]))
+        alt.Chart(drawing.data([{"radius": drawing.significant(radius)} for radius in radii]))
         .mark_rule(color=_TEXT, strokeDash=[5, 4], strokeWidth=1.5)
         .encode(x="radius:Q", tooltip=["radius:Q"])
     )
     where = f" radius {', '.join(formats.number(radius, '.3g') for radius in radii)}" if radii else ""
     told = f"{label}: {title} of {formats.number(sum(counts), '.3g')} body layers a run;{where or ' no MARS radius'}."
-    return Chart(f"{label}{',' if where else ''}{where}", _spec(_layered(bars, rules), told, 130), group.method)
+    return Chart(
+        f"{label}{',' if where else ''}{where}", drawing.spec(drawing.layered(bars, rules), told, 130), group.method
+    )
 
 
 def _held(comparison: Comparison) -> Figure | None:
@@ -321,8 +283,8 @@ def _held(comparison: Comparison) -> Figure | None:
     rows = [
         {
             "series": comparison.labels[group],
-            "layers": _rounded(100 * found.at_radius),
-            "rows": _rounded(100 * found.rows_at_radius),
+            "layers": drawing.rounded(100 * found.at_radius),
+            "rows": drawing.rounded(100 * found.rows_at_radius),
         }
         for group, found in held.items()
     ]
@@ -334,7 +296,7 @@ def _held(comparison: Comparison) -> Figure | None:
         alt.Tooltip("rows:Q", title="% of rows at their radius"),
     ]
     bars = (
-        alt.Chart(_data(rows))
+        alt.Chart(drawing.data(rows))
         .mark_bar(height=18, opacity=0.85)
         .encode(
             x=x,
@@ -344,7 +306,7 @@ def _held(comparison: Comparison) -> Figure | None:
         )
     )
     ticks = (
-        alt.Chart(_data(rows))
+        alt.Chart(drawing.data(rows))
         .mark_point(shape="diamond", size=90, filled=True, color=_TEXT, opacity=1)
         .encode(x=alt.X("rows:Q"), y=y, tooltip=tooltip)
     )
@@ -361,7 +323,9 @@ def _held(comparison: Comparison) -> Figure | None:
         [
             Chart(
                 "Share at the radius",
-                _spec(_layered(bars, ticks), f"Share at the radius at the end of training: {told}.", height),
+                drawing.spec(
+                    drawing.layered(bars, ticks), f"Share at the radius at the end of training: {told}.", height
+                ),
             )
         ],
         table,
@@ -374,15 +338,13 @@ def _legend(comparison: Comparison) -> list[Key]:
     keys = []
     for group in comparison.groups:
         place = seen[group.method] = seen.get(group.method, -1) + 1
-        keys.append(Key(comparison.labels[group], group.method, _DASHES[place % len(_DASHES)]))
+        dash = drawing.DASHES[place % len(drawing.DASHES)]
+        keys.append(Key(comparison.labels[group], colour(group.method), dash))
     return keys
 
 
 def _tint(comparison: Comparison, groups: Sequence[Group]) -> alt.Color:
-    scale = alt.Scale(
-        domain=[comparison.labels[group] for group in groups], range=[colour(group.method) for group in groups]
-    )
-    return alt.Color("series:N", legend=None, scale=scale)
+    return drawing.tint(Key(comparison.labels[group], colour(group.method), ()) for group in groups)
 
 
 def _label_axis() -> alt.Axis:
@@ -394,32 +356,3 @@ def _label_axis() -> alt.Axis:
 
 def _lines(label: str) -> int:
     return len(re.split(r" \(|, ", label))
-
-
-def _data(rows: Iterable[dict[str, Any]]) -> alt.InlineData:
-    return alt.InlineData(values=list(rows))
-
-
-def _layered(*marks: alt.Chart) -> alt.LayerChart:
-    """The marks over one another; those without data are left out, for they would spoil the scales."""
-    return alt.layer(*(mark for mark in marks if mark.data.values))
-
-
-def _spec(chart: alt.Chart, description: str, height: int) -> dict[str, Any]:
-    spec: dict[str, Any] = chart.properties(
-        width="container",
-        height=height,
-        description=description,
-        autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
-    ).to_dict()
-    del spec["config"]  # the page brings the theme
-    return spec
-
-
-def _rounded(value: float) -> float | None:
-    """Two decimals, as much as an eye can tell; null where JSON has no word for the value."""
-    return round(value, 2) if math.isfinite(value) else None
-
-
-def _significant(value: float) -> float:
-    return float(f"{value:.6g}")

@@ -1,27 +1,18 @@
 """The report as one HTML page that needs nothing from anywhere, or as Markdown: the same content in the same order."""
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup
-
-from tethertune.lab.report import charts, records, tables
+from tethertune.lab.report import charts, page, records, tables
 from tethertune.lab.report.answer import Answer, answer, tether
-from tethertune.lab.report.charts import Figure
+from tethertune.lab.report.drawing import Figure
 from tethertune.lab.report.grouping import Comparison
 from tethertune.lab.report.records import Record, Sheet
 from tethertune.lab.report.tables import Table
 from tethertune.lab.runs import Run
 
 __all__ = ["html", "markdown"]
-
-_PACKAGE = "tethertune.lab.report"
 
 
 @dataclass(frozen=True)
@@ -48,15 +39,7 @@ def html(comparisons: Sequence[Comparison], home: Path) -> str:
         home: The folder of the page, which links to run folders are relative to.
     """
     sections, machines = _sections(comparisons, home, with_figures=True)
-    template = _environment().get_template("report.html.j2")
-    return template.render(
-        title=_title(sections),
-        sections=sections,
-        machines=machines,
-        colour=charts.colour,
-        style=Markup(_text("style.css")),  # noqa: S704 - our own file
-        program=Markup(_program()),  # noqa: S704 - our own file and the bundle of an installed package
-    )
+    return page.html("report.html.j2", title=_title(sections), sections=sections, machines=machines)
 
 
 def markdown(comparisons: Sequence[Comparison], home: Path) -> str:
@@ -67,8 +50,7 @@ def markdown(comparisons: Sequence[Comparison], home: Path) -> str:
         home: The folder of the file, which links to run folders are relative to.
     """
     sections, machines = _sections(comparisons, home, with_figures=False)
-    template = _environment().get_template("report.md.j2")
-    return template.render(title=_title(sections), sections=sections, machines=machines)
+    return page.markdown("report.md.j2", title=_title(sections), sections=sections, machines=machines)
 
 
 def _sections(comparisons: Sequence[Comparison], home: Path, *, with_figures: bool) -> tuple[list[_Section], list[str]]:
@@ -102,41 +84,3 @@ def _name(run: Run) -> str:
 
 def _title(sections: Sequence[_Section]) -> str:
     return f"Fine-tuning {sections[0].title}" if len(sections) == 1 else f"Fine-tuning: {len(sections)} comparisons"
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader(_PACKAGE, "templates"),
-        autoescape=select_autoescape(["html.j2"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["plain"] = _plain
-    environment.filters["script_json"] = _script_json
-    return environment
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown takes for text, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", " ".join(text.split()))
-
-
-def _script_json(value: object) -> Markup:
-    """JSON that can stand in a script element, whatever its strings hold: no tag and no comment can begin in it."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))  # noqa: S704
-
-
-@cache
-def _program() -> str:
-    """What draws the page, bundled with the Vega, Vega-Lite and Vega-Embed that it calls."""
-    import vl_convert
-
-    bundle = vl_convert.javascript_bundle(_text("page.js"))
-    return re.sub(r"<(?=/script|!--)", r"\\x3c", bundle, flags=re.IGNORECASE)
-
-
-def _text(name: str) -> str:
-    return resources.files(_PACKAGE).joinpath("templates", name).read_text(encoding="utf-8")

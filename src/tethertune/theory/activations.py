@@ -1,0 +1,62 @@
+"""Activations by the name of their operator: Lipschitz constant, value at 0, largest absolute value.
+
+Constants that are not round are rounded up in the last digit.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["ACTIVATIONS"]
+
+Shape = tuple[float, float, float]
+Values = Mapping[str, Any]
+
+
+def _fixed(lipschitz: float, at_zero: float = 0.0, ceiling: float = math.inf) -> Callable[[Values], Shape]:
+    return lambda _: (lipschitz, at_zero, ceiling)
+
+
+def _clipped(low: str, high: str) -> Callable[[Values], Shape]:
+    def shape(values: Values) -> Shape:
+        a = -math.inf if values.get(low) is None else float(values[low])
+        b = math.inf if values.get(high) is None else float(values[high])
+        return 1.0, min(max(0.0, a), b), max(abs(a), abs(b))
+
+    return shape
+
+
+def _leaky(values: Values) -> Shape:
+    return max(1.0, abs(float(values["negative_slope"]))), 0.0, math.inf
+
+
+def _elu(values: Values) -> Shape:
+    alpha, scale, inner = (float(values[key]) for key in ("alpha", "scale", "input_scale"))
+    return abs(scale) * max(1.0, abs(alpha * inner)), 0.0, math.inf
+
+
+def _softplus(values: Values) -> Shape:
+    return 1.0, math.log(2) / float(values["beta"]), math.inf
+
+
+ACTIVATIONS: dict[str, Callable[[Values], Shape]] = {
+    "relu": _fixed(1.0),
+    "relu6": _fixed(1.0, 0.0, 6.0),
+    "leaky_relu": _leaky,
+    "elu": _elu,
+    "celu": _fixed(1.0),
+    "selu": _fixed(1.75810),
+    "silu": _fixed(1.09984),
+    "gelu": _fixed(1.12905),
+    "mish": _fixed(1.08850),
+    "hardswish": _fixed(1.5),
+    "hardtanh": _clipped("min_val", "max_val"),
+    "clamp": _clipped("min", "max"),
+    "clamp_min": _clipped("min", ""),
+    "clamp_max": _clipped("", "max"),
+    "tanh": _fixed(1.0, 0.0, 1.0),
+    "sigmoid": _fixed(0.25, 0.5, 1.0),
+    "hardsigmoid": _fixed(1 / 6, 0.5, 1.0),
+    "softplus": _softplus,
+    "abs": _fixed(1.0),
+}

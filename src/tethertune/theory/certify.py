@@ -1,0 +1,477 @@
+"""A certificate for a trained network: the radii of its class, one pass over its training sample, and what follows.
+
+With probability at least ``1 - delta`` over the training sample, for every network of the class,
+
+    expected loss <= empirical loss + gap,    gap = 2 min(product bound, distance bound) + confidence.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tethertune.errors import ConfigurationError
+from tethertune.theory import calculus, certificate, classes, grid, printed
+from tethertune.theory.bounds import Bound, Layer, log, log_sum, to_log10, to_value
+from tethertune.theory.checklist import Check, Facts, checklist
+from tethertune.theory.classes import Measured, Mode, NetworkClass, Sharing
+from tethertune.theory.graph import Network, trace
+from tethertune.theory.losses import Loss, Ramp
+from tethertune.theory.maps import Dense, OperatorNorms
+from tethertune.theory.propagation import Ball, Distance, Perturbation, Product, walk
+from tethertune.theory.sample import Sample, observe, tensors
+
+__all__ = ["Certificate", "LayerReport", "certify"]
+
+_MARGINS = range(-60, 61)
+"""Grid cells that a ramp loss's margin is looked for in."""
+_STEP = 1e-3
+"""Relative step of the finite differences that elasticities are found with."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one linear map of the body adds to the bounds.
+
+    Attributes:
+        name: The layer.
+        reference: MARS norm of the reference's map, batch norm folded in.
+        distance: D_j of the class.
+        shift: beta_j of the class, for its bias.
+        measured_distance: The distance as it is.
+        share: ``(D_j / B_j) / sum (D / B)``.
+        printed_elasticity: Percent that printed Theorem 2 changes for one percent of D_j.
+        product_elasticity: Percent that the product bound changes.
+        distance_elasticity: Percent that the moved part of the distance bound changes.
+        frozen_log10: log10 of the distance bound were this layer alone frozen.
+        suffix_log10: log10 of the distance bound were this layer and all before it frozen.
+    """
+
+    name: str
+    reference: float
+    distance: float
+    shift: float
+    measured_distance: float
+    share: float
+    printed_elasticity: float
+    product_elasticity: float
+    distance_elasticity: float
+    frozen_log10: float
+    suffix_log10: float
+
+    @property
+    def bound(self) -> float:
+        """B_j."""
+        return self.reference + self.distance
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is known of a network's expected loss from its training sample.
+
+    Attributes:
+        kind: ``certificate``, or ``measurement`` where the radii were read off the network for free.
+        mode: ``declared``, ``grid`` or ``measured``.
+        delta: The probability, at most, that it fails.
+        samples: m.
+        classes: c.
+        loss: Name of the loss.
+        empirical_loss: Mean over the training sample.
+        empirical_error: Share of mistakes on the training sample.
+        bounds_error: Whether the expected loss bounds the expected error.
+        product: The product bound.
+        distance: The distance bound, with its frozen and moved parts.
+        perturbation: The perturbation bound, where a bound of the inputs was declared. It holds with probability
+            ``1 - delta`` by itself, not at the same time as the others.
+        confidence: The confidence term.
+        price: Nats of it that were paid for radii chosen on the sample.
+        paid: What was paid for.
+        head_bound: B_V of the class.
+        gap_log10: log10 of the gap.
+        loss_range: b; the certificate is vacuous where empirical loss and gap reach it.
+        layers: Contribution of each layer, in the network's order.
+        comparison: Printed bounds of the same network beside the certificates. Networks that are not chains are taken
+            as if they were, and ``is_upper_bound`` says where the number is proven to bound anything.
+        checks: Preconditions, each with pass, fail or unknown.
+    """
+
+    kind: Literal["certificate", "measurement"]
+    mode: Mode
+    delta: float
+    samples: int
+    classes: int
+    loss: str
+    empirical_loss: float
+    empirical_error: float
+    bounds_error: bool
+    product: Bound
+    distance: Bound
+    perturbation: Bound | None
+    confidence: float
+    price: float
+    paid: tuple[str, ...]
+    head_bound: float
+    gap_log10: float
+    loss_range: float
+    layers: tuple[LayerReport, ...]
+    comparison: tuple[Bound, ...]
+    checks: tuple[Check, ...]
+
+    @property
+    def complexity(self) -> Bound:
+        """The smaller of the product and the distance bound."""
+        return min(self.product, self.distance, key=lambda bound: bound.log10)
+
+    @property
+    def gap(self) -> float | None:
+        """How much the expected loss may exceed the empirical one; ``None`` beyond 10^300."""
+        return to_value(self.gap_log10)
+
+    @property
+    def total(self) -> float | None:
+        """The bound of the expected loss; ``None`` beyond 10^300."""
+        return None if self.gap is None else self.empirical_loss + self.gap
+
+    @property
+    def vacuous(self) -> bool:
+        """Whether the gap alone reaches the loss's range: then nothing has been learned of the expected loss."""
+        return self.gap_log10 >= math.log10(self.loss_range)
+
+    @property
+    def samples_needed_log10(self) -> float:
+        """log10 of the sample size at which twice the complexity would be half of the loss's range."""
+        return math.log10(self.samples) + 2 * (self.complexity.log10 + math.log10(4 / self.loss_range))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain values for JSON; numbers that JSON cannot hold (log10 of 0) are ``None``."""
+        derived = {
+            "gap": self.gap,
+            "total": self.total,
+            "vacuous": self.vacuous,
+            "complexity_log10": self.complexity.log10,
+            "samples_needed_log10": self.samples_needed_log10,
+        }
+        plain: dict[str, Any] = _finite({**asdict(self), **derived})
+        return plain
+
+
+def certify(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    reference: Mapping[str, Tensor] | nn.Module,
+    head: str,
+    delta: float = 0.05,
+    loss: Loss | None = None,
+    mode: Mode = "grid",
+    sharing: Sharing | Literal["better"] = "shared",
+    radii: Mapping[str, float] | None = None,
+    norm: Literal["mars", "frobenius"] = "mars",
+    affine: Literal["free", "frozen"] = "free",
+    frozen: Collection[str] = (),
+    input_bound: float | None = None,
+    facts: Facts | None = None,
+) -> Certificate:
+    """Certify a trained network.
+
+    Args:
+        model: The trained network, in eval mode.
+        batches: The training sample, once, as the network takes it and without augmentation: images (n, ...) and labels
+            (n,). The first batch's size is that of the pieces that run at once.
+        reference: The pre-trained weights and batch-norm statistics by the network's names (the head's are not used),
+            or the pre-trained network.
+        head: Name of the head, e.g. ``"fc"``.
+        delta: The probability, at most, that the certificate fails.
+        loss: A bounded loss; ``Ramp(1.0)`` by default. ``Ramp(margin=None)`` finds its margin on the grid.
+        mode: ``declared``: the radii given here were fixed before the data. ``grid``: round the measured distances up
+            to a grid and pay for it. ``measured``: take the distances as they are; a measurement, not a certificate.
+        sharing: One grid cell for all layers (``shared``), one for each (``per-layer``), or the ``better`` of the two,
+            with ``delta / 2`` for each.
+        radii: In ``declared`` mode, the radius of each weight by its name, the head's included. What is missing is on
+            the grid.
+        norm: The norm of the radii.
+        affine: ``frozen`` where biases and batch norm were held at the reference by declaration.
+        frozen: Names or patterns of layers that were held at the reference by declaration.
+        input_bound: A bound, known before the data, of the absolute value of every entry of every input.
+        facts: What is known about how the network was trained, for the checklist.
+
+    Raises:
+        NotCoveredError: The network has a node that no bound is proven for; ``measurements`` works for any network.
+        ReferenceMismatchError: The reference is of another network.
+        ConfigurationError: Anything else that is wrong with the arguments, in one sentence.
+    """
+    loss = Ramp() if loss is None else loss
+    certificate.confidence(1, delta)  # refuses a delta that is no probability before any work is done
+    state = tensors(model)
+    pretrained = tensors(reference) if isinstance(reference, nn.Module) else dict(reference)
+    stream = iter(batches)
+    first = next(stream, None)
+    if first is None:
+        raise ConfigurationError("There are no training examples: a certificate is about the sample it was trained on.")
+    device = next(iter(model.parameters())).device
+    example = first[0].to(device)
+    network = trace(model, example if len(example) > 1 else torch.cat((example, example)), head=head)
+    pretrained = {name: tensor.to(device) for name, tensor in pretrained.items() if _is_body(name, head)}
+    measured = classes.measure(network, state, pretrained, norm)
+    sharings: list[Sharing] = ["shared", "per-layer"] if sharing == "better" else [sharing]
+    choices = [
+        classes.choose(
+            network,
+            measured,
+            state,
+            pretrained,
+            mode=mode,
+            sharing=each,
+            radii=radii,
+            norm=norm,
+            affine=affine,
+            frozen=frozen,
+        )
+        for each in sharings
+    ]
+    sample = observe(network, model, pretrained, chain([first], stream))
+    if input_bound is not None and sample.input_sup > input_bound * (1 + 1e-6):
+        raise ConfigurationError(
+            f"input_bound={input_bound}, but the sample has an entry of size {sample.input_sup:.6g}: it is no bound."
+        )
+    case = _Case(network, sample, delta / len(choices), input_bound)
+    found = [case.bounds(choice, option, price) for choice in choices for option, price in _options(loss)]
+    best = min(found, key=lambda result: result.total_log)
+    comparison = _compare(case, best, state, pretrained)
+    kind: Literal["certificate", "measurement"] = "measurement" if mode == "measured" else "certificate"
+    relabelled = {b: replace(b, kind=kind, is_upper_bound=None if mode == "measured" else True) for b in best.bounds}
+    return Certificate(
+        kind=kind,
+        mode=mode,
+        delta=delta,
+        samples=sample.size,
+        classes=sample.scores.classes,
+        loss=best.loss.name,
+        empirical_loss=best.empirical,
+        empirical_error=sample.scores.error,
+        bounds_error=best.loss.bounds_error,
+        product=relabelled[best.product],
+        distance=relabelled[best.distance],
+        perturbation=None if best.perturbation is None else relabelled[best.perturbation],
+        confidence=best.confidence,
+        price=best.price,
+        paid=best.choice.paid + (("the margin",) if isinstance(loss, Ramp) and loss.margin is None else ()),
+        head_bound=best.choice.head_bound,
+        gap_log10=to_log10(best.gap_log),
+        loss_range=best.loss.largest(sample.scores.classes),
+        layers=_layers(case, best.choice, best.loss, measured),
+        comparison=(*comparison, *(relabelled[b] for b in best.bounds)),
+        checks=checklist(mode, sample, best.choice, measured, facts or Facts()),
+    )
+
+
+def _is_body(name: str, head: str) -> bool:
+    return not name.startswith(f"{head}.")
+
+
+def _options(loss: Loss) -> list[tuple[Loss, float]]:
+    """The losses to try and what each costs: one as given, or a ramp for each margin of the grid."""
+    if isinstance(loss, Ramp) and loss.margin is None:
+        return [(Ramp(grid.RATIO**k), -math.log(grid.weight(k))) for k in _MARGINS]
+    return [(loss, 0.0)]
+
+
+@dataclass(frozen=True)
+class _Found:
+    choice: NetworkClass
+    loss: Loss
+    empirical: float
+    price: float
+    product: Bound
+    distance: Bound
+    perturbation: Bound | None
+    confidence: float
+
+    @property
+    def bounds(self) -> list[Bound]:
+        return [bound for bound in (self.product, self.distance, self.perturbation) if bound is not None]
+
+    @property
+    def gap_log(self) -> float:
+        complexity = min(self.product.log10, self.distance.log10) * math.log(10)
+        return log_sum((math.log(2) + complexity, log(self.confidence)))
+
+    @property
+    def total_log(self) -> float:
+        return log_sum((log(self.empirical), self.gap_log))
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A network and its sample: everything that does not depend on the class."""
+
+    network: Network
+    sample: Sample
+    delta: float
+    input_bound: float | None
+
+    @property
+    def log_features(self) -> dict[int, float]:
+        """``log A_in`` by position of the linear map."""
+        return {index: self.sample.log_features[node.call] for index, node in self.network.linears.items()}
+
+    def moved(self, balls: Mapping[int, Ball]) -> calculus.Tail:
+        """The pair (v, a) of what has moved of the features."""
+        return walk(self.network, Distance(balls, self.log_features, self.sample.size))
+
+    def product(self, balls: Mapping[int, Ball]) -> calculus.Tail:
+        """The pair (v, a) of the features, the head's constant one of the bias beside them."""
+        tail = walk(self.network, Product(balls, self.sample.log_input, self.sample.size))
+        return calculus.concat((tail, self._constant)) if self.network.head.bias else tail
+
+    @property
+    def frozen(self) -> calculus.Tail:
+        """The pair (v, a) of the frozen features, the constant one of the head's bias among them."""
+        head, log_size = self.network.head, self.sample.log_features[self.network.head.call]
+        if head.bias is None:
+            return calculus.sub_gaussian(log_size, head.fan_in)
+        return calculus.sub_gaussian(max(log_size, 0.5 * math.log(self.sample.size)), head.fan_in + 1)
+
+    @property
+    def _constant(self) -> calculus.Tail:
+        return calculus.sub_gaussian(0.5 * math.log(self.sample.size), 1)
+
+    def complexity(self, tail: calculus.Tail, choice: NetworkClass, loss: Loss) -> float:
+        """``log`` of the complexity that a pair (v, a) of the head's input makes."""
+        scores = self.sample.scores
+        return certificate.head_complexity(
+            tail.log_expectation, choice.head_bound, self.sample.size, scores.classes, loss.lipschitz
+        )
+
+    def distance(self, balls: Mapping[int, Ball], choice: NetworkClass, loss: Loss) -> float:
+        """``log`` of the distance bound, frozen part included."""
+        tails = (self.frozen, self.moved(balls))
+        return log_sum(self.complexity(tail, choice, loss) for tail in tails)
+
+    def bounds(self, choice: NetworkClass, loss: Loss, price: float) -> _Found:
+        """All bounds of one class and one loss."""
+        frozen = self.complexity(self.frozen, choice, loss)
+        moved = self.complexity(self.moved(choice.balls), choice, loss)
+        product = self.complexity(self.product(choice.balls), choice, loss)
+        perturbation = None
+        if self.input_bound is not None:
+            most = walk(self.network, Perturbation(choice.balls, self.input_bound))
+            shift = math.log(loss.sup_lipschitz) + math.log(choice.head_bound) + most.log_shift
+            perturbation = _sum("perturbation bound", frozen, shift)
+        price += choice.price
+        largest = loss.largest(self.sample.scores.classes)
+        return _Found(
+            choice,
+            loss,
+            loss.mean(self.sample.scores),
+            price,
+            Bound("product bound", to_log10(product), "certificate"),
+            _sum("distance bound", frozen, moved),
+            perturbation,
+            certificate.confidence(self.sample.size, self.delta, largest, price=price),
+        )
+
+
+def _sum(name: str, frozen: float, moved: float) -> Bound:
+    parts = (("frozen", to_log10(frozen)), ("moved", to_log10(moved)))
+    return Bound(name, to_log10(log_sum((frozen, moved))), "certificate", parts=parts)
+
+
+def _layers(case: _Case, choice: NetworkClass, loss: Loss, measured: Mapping[int, Measured]) -> tuple[LayerReport, ...]:
+    """Contributions and elasticities (docs/theory.md)."""
+    balls, linears = choice.balls, case.network.linears
+    ratios = {index: ball.distance / ball.bound if ball.bound else 0.0 for index, ball in balls.items()}
+    total = math.fsum(ratios.values())
+    reports, before = [], dict(balls)
+    for index, ball in balls.items():
+        still = replace(ball, distance=0.0, shift=0.0)
+        before[index] = still
+        ratio = ratios[index]
+        share = ratio / total if total else 0.0
+
+        def at(factor: float, index: int = index, ball: Ball = ball) -> dict[int, Ball]:
+            return {**balls, index: replace(ball, distance=ball.distance * factor)}
+
+        def elasticity(low: float, high: float) -> float:
+            return (high - low) / (math.log1p(_STEP) - math.log1p(-_STEP)) if low > -math.inf else 0.0
+
+        ends = [at(1 - _STEP), at(1 + _STEP)]
+        reports.append(
+            LayerReport(
+                name=linears[index].name,
+                reference=ball.reference,
+                distance=ball.distance,
+                shift=ball.shift,
+                measured_distance=measured[index].ball.distance,
+                share=share,
+                printed_elasticity=share * (1 - ratio) + ratio,
+                product_elasticity=elasticity(*(case.product(end).log_expectation for end in ends)),
+                distance_elasticity=elasticity(*(case.moved(end).log_expectation for end in ends)),
+                frozen_log10=to_log10(case.distance({**balls, index: still}, choice, loss)),
+                suffix_log10=to_log10(case.distance(before, choice, loss)),
+            )
+        )
+    return tuple(reports)
+
+
+def _compare(
+    case: _Case, best: _Found, state: Mapping[str, Tensor], reference: Mapping[str, Tensor]
+) -> tuple[Bound, ...]:
+    """The printed bounds: Theorem 2 of the class, the others of the distances measured in their own norms."""
+    network, sample, loss = case.network, case.sample, best.loss
+    norms: list[tuple[OperatorNorms, OperatorNorms]] = []
+    parameters = 0
+    for node in network.linears.values():
+        weight, bias = node.folded(state)
+        weight0, _ = node.folded(reference)
+        parameters += weight.numel() + (0 if bias is None else bias.numel())
+        moved = weight - weight0
+        del weight
+        norms.append((node.geometry.norms(weight0, "fast"), node.geometry.norms(moved, "fast")))
+    head, head_bias = network.head.folded(state)
+    parameters += head.numel() + (0 if head_bias is None else head_bias.numel())
+    size, total_classes, rho = sample.size, sample.scores.classes, loss.lipschitz
+    theorem2 = printed.theorem2(
+        [Layer(ball.bound, ball.distance) for ball in best.choice.balls.values()],
+        head_bound=best.choice.head_bound,
+        samples=size,
+        classes=total_classes,
+        input_dim=network.nodes[0].size,
+        input_bound=case.input_bound or sample.input_sup,
+        lipschitz=rho,
+    )
+    # The printed number of the class is a bound where it is above a proven one of that very class.
+    proven = theorem2.log10 >= min(best.product.log10, best.distance.log10)
+    theorem3 = printed.theorem3(
+        [Layer(a.frobenius + d.frobenius, d.frobenius) for a, d in norms],
+        head_bound=Dense().norms(head, "fast").frobenius or 1e-300,
+        samples=size,
+        classes=total_classes,
+        input_bound=sample.input_norm,
+        lipschitz=rho,
+    )
+    spectral = [Layer(a.spectral + d.spectral, d.spectral) for a, d in norms]
+    common = {"samples": size, "parameters": parameters, "input_bound": sample.input_norm, "lipschitz": rho}
+    two_one: Sequence[float] = [d.two_one for _, d in norms]
+    return (
+        replace(theorem2, is_upper_bound=True if proven else None),
+        replace(theorem3, is_upper_bound=None),
+        printed.bartlett(spectral, two_one_distances=two_one, **common),  # type: ignore[arg-type]
+        printed.long_sedghi(spectral, **common),  # type: ignore[arg-type]
+    )
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case float() if not math.isfinite(value):
+            return None
+        case _:
+            return value

@@ -1,0 +1,288 @@
+"""The class of networks that a certificate is about: a ball for each linear map, and what choosing them cost.
+
+Three modes. ``declared``: radii that were fixed before the data. ``grid``: the measured distances, rounded up to a grid
+that was fixed before the data, which is paid for in confidence. ``measured``: the distances as they are, for free, and
+then the result is a measurement, not a certificate.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tethertune.errors import ConfigurationError, PatternError, ReferenceMismatchError, did_you_mean
+from tethertune.theory import grid
+from tethertune.theory.graph import Linear, Network
+from tethertune.theory.maps import Convolution
+from tethertune.theory.propagation import Ball
+
+__all__ = ["Measured", "Mode", "NetworkClass", "Sharing", "choose", "measure"]
+
+Mode = Literal["declared", "grid", "measured"]
+Sharing = Literal["shared", "per-layer"]
+
+_SLACK = 1 + 1e-5
+"""A projection in float32 leaves rows up to 3e-7 above their radius; declared balls are this much larger."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One linear map as it is.
+
+    Attributes:
+        ball: Its folded distance and bias shift from the reference.
+        kernel: Distance of the weight alone in the constraint's norm (MARS or Frobenius of the kernel).
+        same_affine: Whether bias, batch norm and its statistics are exactly the reference's.
+    """
+
+    ball: Ball
+    kernel: float
+    same_affine: bool
+
+
+@dataclass(frozen=True)
+class NetworkClass:
+    """A class of networks.
+
+    Attributes:
+        balls: By position of the linear map.
+        head_bound: B_V, the largest row l1 norm of the head, its bias counted as one more weight.
+        price: Nats paid for what was chosen on the sample.
+        paid: What was paid for, in words.
+    """
+
+    balls: Mapping[int, Ball]
+    head_bound: float
+    price: float
+    paid: tuple[str, ...]
+
+
+def measure(
+    network: Network,
+    state: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor],
+    norm: Literal["mars", "frobenius"] = "mars",
+) -> dict[int, Measured]:
+    """Measure every linear map of the body against the reference, in float64.
+
+    Raises:
+        ReferenceMismatchError: The reference lacks a tensor of the network, or has one of another shape.
+    """
+    for node in network.linears.values():
+        for name in node.parameters:
+            if name not in reference:
+                raise ReferenceMismatchError(f"The reference has no {name}: it is of another network.")
+            if reference[name].shape != state[name].shape:
+                raise ReferenceMismatchError(
+                    f"{name} is {tuple(state[name].shape)} in the network and {tuple(reference[name].shape)} in the"
+                    " reference: it is of another network."
+                )
+    return {index: _measure(node, state, reference, norm) for index, node in network.linears.items()}
+
+
+def _measure(node: Linear, state: Mapping[str, Tensor], reference: Mapping[str, Tensor], norm: str) -> Measured:
+    weight, bias = node.folded(state)
+    weight0, bias0 = node.folded(reference)
+    moved = weight - weight0
+    ball = Ball(
+        reference=node.geometry.mars(weight0),
+        distance=node.geometry.mars(moved),
+        shift=0.0 if bias is None or bias0 is None else float((bias - bias0).abs().max()),
+        bias=0.0 if bias0 is None else float(bias0.abs().max()),
+    )
+    if not all(math.isfinite(value) for value in (ball.reference, ball.distance, ball.shift, ball.bias)):
+        raise ConfigurationError(f"{node.name} has weights that are not finite.")
+    del weight, weight0  # a large layer's are gigabytes
+    kernel = 0.0
+    if node.weight is not None:
+        if node.norm is not None:
+            moved = state[node.weight].detach().double() - reference[node.weight].detach().double()
+        geometry = node.geometry
+        if norm == "frobenius":
+            kernel = float(moved.norm())
+        elif isinstance(geometry, Convolution):
+            kernel = geometry.kernel_mars(moved)
+        else:
+            kernel = geometry.mars(moved)
+    affine = [name for name in node.parameters if name != node.weight]
+    return Measured(ball, kernel, all(torch.equal(state[name], reference[name]) for name in affine))
+
+
+def choose(
+    network: Network,
+    measured: Mapping[int, Measured],
+    state: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor],
+    *,
+    mode: Mode,
+    sharing: Sharing = "shared",
+    radii: Mapping[str, float] | None = None,
+    norm: Literal["mars", "frobenius"] = "mars",
+    affine: Literal["free", "frozen"] = "free",
+    frozen: Collection[str] = (),
+) -> NetworkClass:
+    """Choose the class that the trained network is in.
+
+    Args:
+        network: The traced network.
+        measured: From :func:`measure`, in the norm of the radii.
+        state: The trained network's tensors.
+        reference: The reference's tensors.
+        mode: ``declared``, ``grid`` or ``measured``. In ``declared`` mode what has no declared radius is on the grid.
+        sharing: One grid index for all layers, or one for each.
+        radii: Declared radii by the weight's name; that of the head is measured from 0.
+        norm: The norm of the radii: ``mars``, or ``frobenius`` (of the kernel).
+        affine: ``frozen``: biases and batch norm were held at the reference, by declaration.
+        frozen: Names or patterns of layers that were held at the reference, by declaration.
+
+    Raises:
+        ConfigurationError: A radius below 0, a layer outside of its declared ball, or one that was declared frozen and
+            has moved.
+        PatternError: A name that is no layer's.
+    """
+    radii = dict(radii or {})
+    _check_names(network, radii, frozen)
+    distances: dict[int, float] = {}
+    shifts: dict[int, float] = {}
+    for index, node in network.linears.items():
+        found, radius = measured[index], radii.get(node.weight or "", math.inf)
+        named = _matches(node, frozen)
+        still = named or affine == "frozen"
+        held = named or radius == 0
+        _check_frozen(node, found, held=held, still=still)
+        if still or node.parameters == (node.weight,):
+            shifts[index] = 0.0
+        if not still and node.norm is not None:
+            continue  # a batch norm that moves scales the weights by a factor that no radius bounds
+        if held or node.weight is None:
+            distances[index] = 0.0
+        elif mode == "declared" and math.isfinite(radius):
+            distances[index] = _declared(node, found, radius, norm, reference)
+    purse = _Purse(sharing)
+    for kind, known in (("distances", distances), ("bias shifts", shifts)):
+        rest = {index: found.ball for index, found in measured.items() if index not in known}
+        values = [ball.distance if kind == "distances" else ball.shift for ball in rest.values()]
+        if rest and mode != "measured":
+            values = purse.cover(f"{kind} of {len(rest)} layers", values, _scales(list(rest.values()), kind))
+        known.update(zip(rest, values, strict=True))
+    radius = radii.get(network.head.weight or "", math.inf)
+    head = _head(network.head, state, purse, mode=mode, radius=radius, norm=norm)
+    balls = {
+        index: Ball(found.ball.reference, distances[index], shifts[index], found.ball.bias)
+        for index, found in measured.items()
+    }
+    return NetworkClass(balls, head, purse.total, tuple(purse.paid))
+
+
+def _check_frozen(node: Linear, found: Measured, *, held: bool, still: bool) -> None:
+    if still and not found.same_affine:
+        raise ConfigurationError(f"{node.name} was declared frozen, but its bias or batch norm has moved.")
+    if held and found.kernel > 0:
+        raise ConfigurationError(f"{node.name} was declared frozen, but its weights have moved.")
+
+
+class _Purse:
+    """Adds up what cells of the grid cost."""
+
+    def __init__(self, sharing: Sharing) -> None:
+        self.sharing = sharing
+        self.total = 0.0
+        self.paid: list[str] = []
+
+    def cover(self, what: str, values: list[float], scales: list[float]) -> list[float]:
+        """The radii of the cells that hold the values."""
+        if self.sharing == "shared":
+            cells = grid.cover_together(values, scales)
+            self.total += cells[0].price
+        else:
+            cells = [grid.cover(value, scale) for value, scale in zip(values, scales, strict=True)]
+            self.total += math.fsum(cell.price for cell in cells)
+        self.paid.append(what)
+        return [cell.radius for cell in cells]
+
+
+def _scales(balls: list[Ball], kind: str) -> list[float]:
+    """The grid's scales, which only the reference may decide; where that is 0, the least of the other layers'."""
+    sizes = [ball.reference if kind == "distances" else ball.bias for ball in balls]
+    least = min((size for size in sizes if size > 0), default=1.0)
+    return [size if size > 0 else least for size in sizes]
+
+
+def _declared(node: Linear, found: Measured, radius: float, norm: str, reference: Mapping[str, Tensor]) -> float:
+    """MARS radius of the folded map from the declared radius of its weight."""
+    assert node.weight is not None
+    weight = reference[node.weight]
+    _check_inside(node, found.kernel, radius, norm)
+    scale = node.scale(reference)
+    largest = 1.0 if scale is None else float(scale.abs().max())
+    return largest * radius * _SLACK * _row_factor(node, weight, norm)
+
+
+def _row_factor(node: Linear, weight: Tensor, norm: str) -> float:
+    """A row's l1 norm is at most the root of its length times the kernel's Frobenius norm."""
+    if norm == "mars":
+        return 1.0
+    geometry = node.geometry
+    if isinstance(geometry, Convolution) and geometry.transposed:
+        return math.sqrt(weight.numel() / (weight.shape[1] * geometry.groups))
+    return math.sqrt(weight.numel() / weight.shape[0])
+
+
+def _head(
+    head: Linear,
+    state: Mapping[str, Tensor],
+    purse: _Purse,
+    *,
+    mode: Mode,
+    radius: float,
+    norm: Literal["mars", "frobenius"],
+) -> float:
+    """B_V: the declared ball of the weight, or the grid's; the bias, which is never declared, from the grid."""
+    assert head.weight is not None
+    weight, bias = head.folded(state)
+    sizes = weight.abs().sum(1)
+    rows = sizes if bias is None else sizes + bias.abs()
+    if mode == "measured":
+        return float(rows.max())
+    if mode == "grid" or not math.isfinite(radius):
+        return purse.cover("the head's norm", [float(rows.max())], [1.0])[0]
+    if radius <= 0:
+        raise ConfigurationError(f"The declared radius of the head is {radius}: it must be above 0.")
+    _check_inside(head, float(weight.norm() if norm == "frobenius" else sizes.max()), radius, norm)
+    bound = radius * _SLACK * _row_factor(head, weight, norm)
+    return bound if bias is None else bound + purse.cover("the head's bias", [float(bias.abs().max())], [1.0])[0]
+
+
+def _check_inside(node: Linear, distance: float, radius: float, norm: str) -> None:
+    if radius < 0:
+        raise ConfigurationError(f"The declared radius of {node.weight} is {radius}: it must be 0 or more.")
+    if distance > radius * _SLACK:
+        raise ConfigurationError(
+            f"{node.weight} is at {norm} distance {distance:.6g}, outside of its declared radius {radius:.6g}: the"
+            " network is not of the declared class. Use mode='grid'."
+        )
+
+
+def _names(node: Linear) -> Iterable[str]:
+    return {node.name, *node.parameters}
+
+
+def _matches(node: Linear, patterns: Collection[str]) -> bool:
+    return any(
+        fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for name in _names(node) for pattern in patterns
+    )
+
+
+def _check_names(network: Network, radii: Mapping[str, float], frozen: Collection[str]) -> None:
+    nodes = [*network.linears.values(), network.head]
+    weights = {node.weight for node in nodes if node.weight}
+    for name in radii:
+        if name not in weights:
+            raise PatternError(f"radii has {name!r}, which is no layer's weight.{did_you_mean(name, weights)}")
+    for pattern in frozen:
+        if not any(_matches(node, [pattern]) for node in nodes):
+            raise PatternError(f"frozen={pattern!r} matches no layer.{did_you_mean(pattern, weights)}")

@@ -1,0 +1,185 @@
+"""Bounded losses that certificates are about, each at least 1 on every mistake, so that they bound the error too.
+
+``lipschitz`` is the Lipschitz constant in the l2 norm of the logits, ``sup_lipschitz`` that in the sup norm.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tethertune.errors import ConfigurationError
+from tethertune.theory.bounds import positive
+
+__all__ = ["ClippedCrossEntropy", "CrossEntropy", "Loss", "Ramp", "Scores"]
+
+
+@dataclass
+class Scores:
+    """What the losses need to know of a network's logits on a sample.
+
+    Attributes:
+        margins: Logit of the label less the largest other logit, (m,), float64.
+        cross_entropies: In nats, (m,), float64.
+        classes: c, the number of logits.
+    """
+
+    margins: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    cross_entropies: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    classes: int = 0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Take in a batch: logits (n, c), labels (n,)."""
+        logits, labels = logits.double().cpu(), labels.long().cpu()
+        self.classes = logits.shape[1]
+        own = logits.gather(1, labels[:, None]).squeeze(1)
+        others = logits.scatter(1, labels[:, None], -math.inf).amax(1)
+        self.margins = torch.cat((self.margins, own - others))
+        self.cross_entropies = torch.cat(
+            (self.cross_entropies, functional.cross_entropy(logits, labels, reduction="none"))
+        )
+
+    @property
+    def error(self) -> float:
+        """Share of mistakes; a tie is one."""
+        return float((self.margins <= 0).double().mean())
+
+
+class Loss(Protocol):
+    """A loss that a certificate can be about."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def lipschitz(self) -> float: ...  # noqa: D102
+    @property
+    def sup_lipschitz(self) -> float: ...  # noqa: D102
+    @property
+    def bounds_error(self) -> bool: ...  # noqa: D102
+    def largest(self, classes: int) -> float: ...  # noqa: D102
+    def mean(self, scores: Scores) -> float: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """``clip(1 - M / margin, 0, 1)`` of the margin M of the label's logit over the others.
+
+    Attributes:
+        margin: Fixed before the data are seen, or ``None``: the best one of a grid, which ``certify`` pays for.
+    """
+
+    margin: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if self.margin is not None:
+            positive(margin=self.margin)
+
+    @property
+    def name(self) -> str:
+        """``ramp`` with its margin."""
+        return f"ramp (margin {self._fixed:.4g})"
+
+    @property
+    def _fixed(self) -> float:
+        if self.margin is None:
+            raise ConfigurationError("Ramp(margin=None) has no margin yet: certify chooses one from its grid.")
+        return self.margin
+
+    @property
+    def lipschitz(self) -> float:
+        """``sqrt(2) / margin``."""
+        return math.sqrt(2) / self._fixed
+
+    @property
+    def sup_lipschitz(self) -> float:
+        """``2 / margin``."""
+        return 2 / self._fixed
+
+    @property
+    def bounds_error(self) -> bool:
+        """It is 1 on every mistake and on every tie."""
+        return True
+
+    def largest(self, classes: int) -> float:  # noqa: ARG002 (the same for any number of classes)
+        """1."""
+        return 1.0
+
+    def mean(self, scores: Scores) -> float:
+        """Mean over the sample."""
+        return float((1 - scores.margins / self._fixed).clamp(0, 1).mean())
+
+
+@dataclass(frozen=True)
+class ClippedCrossEntropy:
+    """``min(cross-entropy, clip) / clip``.
+
+    Attributes:
+        clip: In nats. Up to log 2, the default, the loss is 1 on every mistake, since then ``p_y <= 1/2``.
+    """
+
+    clip: float = math.log(2)
+
+    def __post_init__(self) -> None:
+        positive(clip=self.clip)
+
+    @property
+    def name(self) -> str:
+        """``clipped cross-entropy`` with its clip."""
+        return f"clipped cross-entropy (at {self.clip:.4g} nats, normalised)"
+
+    @property
+    def lipschitz(self) -> float:
+        """``sqrt(2) / clip``: the gradient ``softmax - e_y`` has l2 norm at most sqrt(2)."""
+        return math.sqrt(2) / self.clip
+
+    @property
+    def sup_lipschitz(self) -> float:
+        """``2 / clip``: its l1 norm is at most 2."""
+        return 2 / self.clip
+
+    @property
+    def bounds_error(self) -> bool:
+        """Whether it is 1 on every mistake."""
+        return self.clip <= math.log(2)
+
+    def largest(self, classes: int) -> float:  # noqa: ARG002 (the same for any number of classes)
+        """1."""
+        return 1.0
+
+    def mean(self, scores: Scores) -> float:
+        """Mean over the sample."""
+        return float((scores.cross_entropies / self.clip).clamp_max(1).mean())
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy as it is, for networks whose logits are bounded.
+
+    Attributes:
+        logit_bound: Z, a bound of the absolute value of every logit of every network of the class.
+    """
+
+    logit_bound: float = math.inf
+
+    name = "cross-entropy"
+    lipschitz = math.sqrt(2)
+    sup_lipschitz = 2.0
+    bounds_error = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.logit_bound) and self.logit_bound > 0):
+            raise ConfigurationError(
+                f"Cross-entropy with logit_bound={self.logit_bound} is unbounded, so nothing can be certified: bound"
+                " the logits, or use ClippedCrossEntropy() or Ramp()."
+            )
+
+    def largest(self, classes: int) -> float:
+        """``log(1 + (c - 1) exp(2 Z))``."""
+        return 2 * self.logit_bound + math.log(classes - 1 + math.exp(-2 * self.logit_bound))
+
+    def mean(self, scores: Scores) -> float:
+        """Mean over the sample."""
+        return float(scores.cross_entropies.mean())
