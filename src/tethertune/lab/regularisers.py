@@ -51,7 +51,7 @@ class Regulariser:
         return None
 
     def frozen(self) -> list[nn.Parameter]:
-        """Parameters that stay as they are whatever their gradient, so that none need be computed."""
+        """Parameters of the body that stay as they are whatever their gradient, so that none need be computed."""
         return []
 
     def state_dict(self) -> dict[str, Any]:
@@ -99,9 +99,9 @@ class Balls(Regulariser):
         return sum(distance.active_rows for distance in distances) / rows if rows else None
 
     def frozen(self) -> list[nn.Parameter]:
-        """Parameters in a ball of radius 0."""
-        balls = self.constraint.distances().items()
-        return [self._model.get_parameter(name) for name, ball in balls if ball.radius == 0]
+        """Parameters of the body in a ball of radius 0."""
+        still = [name for name, ball in self.constraint.distances().items() if ball.role == "body" and ball.radius == 0]
+        return [self._model.get_parameter(name) for name in still]
 
     def state_dict(self) -> dict[str, Any]:
         """The constraint's."""
