@@ -34,6 +34,34 @@ def tiny_inputs(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def make_idx():
+    """``make_idx(folder)`` writes 30 training and 9 test images of three classes as MNIST comes; gives pixels, labels.
+
+    A class has a bright third, so that a network can learn it.
+    """
+    import gzip
+
+    def pack(path, values):
+        header = bytes((0, 0, 8, values.ndim)) + b"".join(length.to_bytes(4, "big") for length in values.shape)
+        path.write_bytes(gzip.compress(header + values.tobytes()))
+
+    def make(folder, images=30, test_labels=(0, 1, 2) * 3):
+        folder.mkdir(exist_ok=True)
+        random = np.random.default_rng(1)
+        labels = {"train": np.arange(30, dtype=np.uint8) % 3, "t10k": np.array(test_labels, np.uint8)}
+        pixels = {"train": random.integers(0, 128, (images, 12, 12)), "t10k": random.integers(0, 128, (9, 12, 12))}
+        for split, of_split in pixels.items():
+            for image, label in zip(of_split, labels[split], strict=False):
+                image[:, 4 * (label % 3) : 4 * (label % 3) + 4] += 127
+            pixels[split] = of_split.astype(np.uint8)
+            pack(folder / f"{split}-images-idx3-ubyte.gz", pixels[split])
+            pack(folder / f"{split}-labels-idx1-ubyte.gz", labels[split])
+        return pixels, {split: of_split.tolist() for split, of_split in labels.items()}
+
+    return make
+
+
 @pytest.fixture
 def tiny(tiny_inputs, tmp_path):
     """``tiny(method="none")`` configures a run that takes less than a second."""

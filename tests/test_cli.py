@@ -17,7 +17,7 @@ from tethertune import cli
 from tethertune.errors import DataError, NonFiniteWeightError
 from tethertune.lab.config import FinetuneConfig, load_toml
 
-COMMANDS = ["finetune", "distances", "report", "config", "demo"]
+COMMANDS = ["finetune", "distances", "certify", "report", "config", "demo"]
 
 
 def processor_seconds_of_children():
@@ -89,6 +89,14 @@ class TestErrors:
             (["report", "nowhere"], "nowhere holds no run"),
             (["distances"], "--checkpoint requires an argument"),
             (["distances", "nowhere"], "nowhere does not exist: give a checkpoint file"),
+            (["certify"], "--checkpoint requires an argument"),
+            (["certify", "nowhere"], "nowhere does not say what it was trained on: give --data DATA"),
+            (["certify", "nowhere", "--data", "fashion"], "nowhere does not exist: give a checkpoint file"),
+            (["certify", "x", "--delta", "1"], "delta"),
+            (["certify", "x", "--margin", "0"], "margin"),
+            (["certify", "x", "--loss", "cross-entropy"], "ramp"),
+            (["certify", "x", "--loss", "clipped-ce", "--margin", "1"], "--margin 1.0 goes with --loss ramp"),
+            (["certify", "x", "--mode", "measured"], "declared"),
         ],
     )
     def test_bad_input(self, tethertune, words, message):
@@ -239,3 +247,60 @@ class TestDistances:
         code, _, err = tethertune("distances", checkpoints[0], "--reference", tmp_path / "other.safetensors")
         assert code == 2
         assert "'fc.bias', 'fc.weight' are missing and 'conv.weight' is unknown" in err
+
+
+class TestCertify:
+    @pytest.fixture
+    def run(self, tiny):
+        from tethertune.lab.training import finetune
+
+        def train(**options):
+            return finetune(tiny(epochs=1, **options), quiet=True).path
+
+        return train
+
+    @pytest.fixture
+    def certified(self, run, tmp_path):
+        torch.manual_seed(0)
+        save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.safetensors")
+        return run(
+            model="test_resnet",
+            weights=str(tmp_path / "weights.safetensors"),
+            method="mars-pgm",
+            radius=0.1,
+            head_radius=1.0,
+            affine="frozen",
+        )
+
+    def test_tables_then_json_then_report(self, tethertune, certified, tmp_path):
+        code, out, err = tethertune("certify", certified, "--margin", "2")
+        assert (code, err) == (0, "")
+        for words in (
+            "Certificate, declared mode, fails with probability at most 0.05",
+            "Loss: ramp (margin 2); 21 training images, 3 classes",
+            "VACUOUS: the gap alone reaches the range of the loss.",
+            " of the body's 15 linear maps may move.",
+            "Radii to shrink first",
+            "layer1.0.conv1",
+            "Theorem 2 (as printed)",
+            "as printed, not a valid bound",
+            "distance bound",
+            "pass     these are the examples that the network was trained on",
+        ):
+            assert words in out
+
+        code, out, _ = tethertune("certify", certified, "--margin", "2", "--json")
+        assert code == 0
+        found = json.loads(out)
+        assert found == json.loads((certified / "certificate.json").read_text())
+        assert found["certificate"]["vacuous"]
+
+        code, _, _ = tethertune("report", certified, "--output", tmp_path / "report.html")
+        assert code == 0
+        assert "Certificate: mars-pgm" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+    def test_measurements_of_a_network_that_is_not_covered(self, tethertune, run):
+        code, out, _ = tethertune("certify", run())
+        assert code == 0
+        assert "No certificate: blocks.3.0.se" in out
+        assert "conv_head.weight" in out

@@ -91,7 +91,7 @@ def test_odd_and_preserving_signs_and_order_and_never_growing(projection, T, rad
 @given(T=matrices, radius=st.floats(1e-3, 1e3), factor=st.floats(1e-3, 1e3))
 @properties
 def test_homogeneous_in_displacement_and_radius_together(projection, T, radius, factor):
-    tolerance = 1e-12 * factor * radius
+    tolerance = 1e-9 * factor * radius  # a radius of a millionth of T leaves that many of float64's digits
     torch.testing.assert_close(
         projection(factor * T, factor * radius), factor * projection(T, radius), rtol=0, atol=tolerance
     )

@@ -19,7 +19,7 @@ from tethertune.lab.config import FinetuneConfig
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 SHOWING_COMMANDS = [*DOCUMENTS, ROOT / "Makefile", ROOT / "src/tethertune/cli.py"]
-COMMAND = re.compile(r"tethertune (?:finetune|distances|report|config|demo)\b[^`#>&;|\n]*")
+COMMAND = re.compile(r"tethertune (?:finetune|distances|report|certify|config|demo)\b[^`#>&;|\n]*")
 
 name_of = {"ids": lambda path: str(path.relative_to(ROOT)) if isinstance(path, Path) else ""}
 
@@ -51,7 +51,7 @@ def trainer(namespace, images):
 def test_every_block_of_python_is_run_below_or_as_a_doctest():
     plain = {path: [block for block in python_blocks(path) if not block.startswith(">>> ")] for path in DOCUMENTS}
     counts = {str(path.relative_to(ROOT)): len(blocks) for path, blocks in plain.items() if blocks}
-    assert counts == {"README.md": 1, "docs/guide.md": 2}
+    assert counts == {"README.md": 1, "docs/certificates.md": 1, "docs/guide.md": 2}
 
 
 def test_the_lines_of_the_readme(capsys):
@@ -101,6 +101,17 @@ def test_names_of_the_library_are_public(path):
     assert set(re.findall(r"\btt\.([A-Za-z]\w*)", path.read_text(encoding="utf-8"))) <= set(tt.__all__)
 
 
+@pytest.mark.skipif(not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="needs dataset-fashion-mnist")
+def test_the_split_of_the_certificate(tmp_path, monkeypatch):
+    from tethertune.lab import sources
+
+    monkeypatch.chdir(tmp_path)
+    (block,) = python_blocks(ROOT / "docs" / "certificates.md")
+    exec(compile(block, "split.py", "exec"), {})
+    assert (tmp_path / "random.safetensors").is_file()
+    assert [len(sources.find(part).splits["train"]) for part in ("base", "fresh")] == [20_000, 40_000]
+
+
 # ------------------------------------------------------------------------------------------------------ commands
 
 
@@ -109,6 +120,7 @@ def commands(path):
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         text = "\n".join(re.findall(r"^ *Example: (.*)", text, re.MULTILINE))
+    text = re.sub(r"\\\n\s*", "", text)
     return [shlex.split(line)[1:] for line in COMMAND.findall(text)]
 
 
@@ -128,7 +140,9 @@ def test_every_command_is_shown():
 @pytest.mark.parametrize("path", DOCUMENTS, **name_of)
 def test_flags_are_there(path):
     flags = {f"--{item.name.replace('_', '-')}" for item in fields(FinetuneConfig)}
-    flags |= {name for command in ("finetune", "distances", "report") for name in names_of_options(app[command])}
+    flags |= {
+        name for command in ("finetune", "distances", "report", "certify") for name in names_of_options(app[command])
+    }
     shown = re.findall(r"`(--[a-z-]+)[^`]*`", path.read_text(encoding="utf-8"))
     assert set(shown) <= flags | {"--help", "--debug"}
 

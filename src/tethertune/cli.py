@@ -233,6 +233,62 @@ def _show(comparison: "Comparison") -> None:
 
 
 @app.command
+def certify(
+    checkpoint: str,
+    *,
+    data: str | None = None,
+    reference: str | None = None,
+    arch: str | None = None,
+    delta: float = 0.05,
+    loss: Literal["ramp", "clipped-ce"] = "ramp",
+    margin: float | None = None,
+    mode: Literal["declared", "grid"] | None = None,
+    cache: Path | None = None,
+    json: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+) -> None:
+    """Certify CHECKPOINT on the images it was trained on: how far its expected loss can be from its training loss.
+
+    The certificate of a run is kept in its folder, where tethertune report finds it.
+
+    Example: tethertune certify runs/fashion/lite0/mars-pgm/seed-0-1a2b3c4d
+
+    Args:
+        checkpoint: A run folder, a safetensors file, or a file written by torch.save.
+        data: The training images, as in tethertune finetune. Not given: what the run says.
+        reference: Another checkpoint, or the name of a network for its published weights. Not given: what the run
+            was trained from.
+        arch: Name of the network. Not given: what the checkpoint says.
+        delta: The probability, at most, that the certificate fails.
+        loss: ramp (of the margin) or clipped-ce (cross-entropy, clipped at log 2); each is 1 on every mistake.
+        margin: Margin of the ramp, if it was fixed before the images were seen. Not given: the best of a grid, which
+            is paid for.
+        mode: declared (the radii of the run's configuration) or grid (the distances as they are, rounded up to a grid
+            that is paid for). Not given: declared where the run declares radii.
+        cache: Folder of decoded images. Not given: that of the run, or tethertune in the user's cache folder.
+        json: Print JSON instead of tables.
+    """
+    from tethertune.lab import certify as certification
+
+    found = certification.certify(
+        checkpoint,
+        data,
+        reference=reference,
+        arch=arch,
+        delta=delta,
+        loss=loss,
+        margin=margin,
+        mode=mode,
+        cache=cache,
+    )
+    if json:
+        _say(dumps(found.to_dict(), indent=2, allow_nan=False))
+    else:
+        from tethertune.lab.certificate_text import show
+
+        show(found)
+
+
+@app.command
 def report(
     *runs: Path,
     output: Path = Path("report.html"),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,7 +22,7 @@ from tethertune.errors import (
 from tethertune.lab import optimisers
 from tethertune.lab.methods import METHODS
 from tethertune.lab.runs import RunFolder
-from tethertune.lab.training import finetune
+from tethertune.lab.training import Training, finetune
 
 TIMINGS = ("seconds", "images_per_second")
 FILES = ["README.md", "distances.json", "metrics.jsonl", "model.safetensors", "run.json"]
@@ -46,6 +47,24 @@ def weights(run):
 
 def untimed(metrics):
     return [{key: value for key, value in line.items() if key not in TIMINGS} for line in metrics]
+
+
+def test_what_a_radius_of_0_freezes_needs_no_gradient(tiny, base):
+    config = tiny(method="mars-pgm", radius=0, affine="frozen")
+    training = Training(config, Accelerator(cpu=True))
+    assert {name for name, p in training.network.named_parameters() if p.requires_grad} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+    trained = weights(train(config))
+    assert all(torch.equal(trained[name], base[name]) for name in base if not name.startswith("classifier."))
+    assert trained["classifier.weight"].any()
+
+
+def test_a_run_in_which_nothing_may_move(tiny, base):
+    trained = weights(train(tiny(method="mars-pgm", radius=0, head_radius=0, affine="frozen")))
+    assert all(torch.equal(trained[name], base[name]) for name in base if not name.startswith("classifier."))
+    assert not trained["classifier.weight"].any()
 
 
 def test_a_run_leaves_exactly_these_files_with_these_contents(tiny):

@@ -17,7 +17,7 @@ from tethertune.rows import Convention, Rows
 if TYPE_CHECKING:
     from tethertune.lab.architectures import Architecture, WeightsFile
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "centre", "compare"]
 
 
 @dataclass(frozen=True)
@@ -81,26 +81,36 @@ def compare(
     state = checkpoints.load_state_dict(checkpoint)
     noted = checkpoints.metadata(checkpoint)
     arch = arch or checkpoints.base_model(checkpoint)
-    centre, source = _centre(checkpoint, reference, arch, noted)
+    origin, source = centre(checkpoint, reference, arch)
     if arch is None:
         if convention != "operator":
             raise ConfigurationError(f"convention={convention!r} needs the types of the modules: add --arch NAME.")
         words = "axis 0 of every weight with two or more axes, as the network is not known (--arch NAME names it)"
-        layers = _by_axis(state, centre, f"{source} is not of the same network as {checkpoint}")
+        layers = _by_axis(state, origin, f"{source} is not of the same network as {checkpoint}")
     else:
         words = f"by the types of the modules of {arch}, {convention} convention"
         size = int(noted["size"]) if "size" in noted else None
         try:
-            layers = _by_module(state, centre, arch, size, convention)
+            layers = _by_module(state, origin, arch, size, convention)
         except (CheckpointError, ReferenceMismatchError) as error:
             raise type(error)(f"{checkpoint}, measured from {source}: {error}") from error
     return Comparison(str(checkpoint), source, words, layers)
 
 
-def _centre(
-    checkpoint: str | Path, reference: str | Path | None, arch: str | None, noted: Mapping[str, str]
-) -> tuple[dict[str, Tensor], str]:
-    """The reference weights, and the words for where they are from."""
+def centre(checkpoint: str | Path, reference: str | Path | None, arch: str | None) -> tuple[dict[str, Tensor], str]:
+    """The weights that a checkpoint's distances are from, by the network's own names, and the words for their origin.
+
+    Args:
+        checkpoint: A file or folder.
+        reference: Another one, the name of a network for its published weights, or ``None`` for what the checkpoint
+            says of itself.
+        arch: Name of the checkpoint's network, where it is known.
+
+    Raises:
+        CheckpointError: The weights cannot be read, or are not those that the checkpoint was trained from.
+        ConfigurationError: An unknown name, or a checkpoint that does not say what it was trained from.
+    """
+    noted = checkpoints.metadata(checkpoint)
     if reference is not None and Path(reference).exists():
         return checkpoints.load_state_dict(reference), str(reference)
     name = noted.get("base_model") if reference is None else str(reference)

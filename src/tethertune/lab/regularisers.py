@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tethertune.constraint import Constraint, Relative
@@ -50,6 +50,10 @@ class Regulariser:
         """The share of constrained rows that are at their radius; ``None`` where nothing is constrained."""
         return None
 
+    def frozen(self) -> list[nn.Parameter]:
+        """Parameters of the body that stay as they are whatever their gradient, so that none need be computed."""
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         """What must be the same when a run is resumed: settings, and the fingerprint of the reference."""
         return {}
@@ -69,6 +73,7 @@ class Balls(Regulariser):
         assert method.norm is not None
         radius = config.radius if config.relative_radius is None else Relative(config.relative_radius)
         assert radius is not None
+        self._model = loaded.model
         self.constraint: Constraint = Constraint(
             loaded.model,
             norm=method.norm,
@@ -92,6 +97,11 @@ class Balls(Regulariser):
         distances = self.constraint.distances().values()
         rows = sum(distance.rows for distance in distances)
         return sum(distance.active_rows for distance in distances) / rows if rows else None
+
+    def frozen(self) -> list[nn.Parameter]:
+        """Parameters of the body in a ball of radius 0."""
+        still = [name for name, ball in self.constraint.distances().items() if ball.role == "body" and ball.radius == 0]
+        return [self._model.get_parameter(name) for name in still]
 
     def state_dict(self) -> dict[str, Any]:
         """The constraint's."""

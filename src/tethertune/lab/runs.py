@@ -7,6 +7,7 @@
         metrics.jsonl       one line an epoch
         distances.json      how far each layer moved
         model.safetensors   the fine-tuned weights
+        certificate.json    what its training images prove of it, once ``tethertune certify`` has been asked
         README.md           model card
         resume/             state of an unfinished run; removed when it is complete
 
@@ -23,7 +24,7 @@ import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -34,7 +35,10 @@ from tethertune.lab.config import FinetuneConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Run", "RunFolder", "find", "load"]
+__all__ = ["CERTIFICATE", "Run", "RunFolder", "find", "load"]
+
+CERTIFICATE = "certificate.json"
+"""The file in a run folder that ``tethertune certify`` writes."""
 
 _LOCK = ".lock"
 _FULL = {
@@ -53,12 +57,14 @@ class Run:
         info: ``run.json``.
         metrics: ``metrics.jsonl``, one dictionary an epoch; empty before the first epoch has ended.
         distances: ``distances.json``; empty until the run is complete.
+        certificate: ``certificate.json``; empty until the run is certified.
     """
 
     path: Path
     info: dict[str, Any]
     metrics: list[dict[str, Any]]
     distances: dict[str, Any]
+    certificate: dict[str, Any] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -78,8 +84,10 @@ def load(path: str | Path) -> Run:
     info = _read_json(path / "run.json")
     if not isinstance(info, dict) or info.get("schema") != 1 or "status" not in info:
         raise RunError(f"{path / 'run.json'} is not of a schema that this version reads (1): update tethertune.")
-    distances = _read_json(path / "distances.json") if (path / "distances.json").is_file() else {}
-    return Run(path, info, _read_lines(path / "metrics.jsonl"), distances)
+    distances, certificate = (
+        _read_json(path / name) if (path / name).is_file() else {} for name in ("distances.json", CERTIFICATE)
+    )
+    return Run(path, info, _read_lines(path / "metrics.jsonl"), distances, certificate)
 
 
 def find(paths: Iterable[str | Path]) -> list[Run]:
@@ -253,7 +261,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         self.drop_states()
-        for name in ("run.json", "metrics.jsonl", "distances.json", "model.safetensors", "README.md"):
+        for name in ("run.json", "metrics.jsonl", "distances.json", "model.safetensors", "README.md", CERTIFICATE):
             (self.path / name).unlink(missing_ok=True)
 
     @contextmanager

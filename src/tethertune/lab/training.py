@@ -114,6 +114,8 @@ class Training:
         self.regulariser = regularisers.build(config, self.loaded, self.reference)
         self.optimizer = optimisers.build(config, _groups(config, self.network, self.loaded.head))
         self.regulariser.attach(self.optimizer)
+        for parameter in self.regulariser.frozen():  # after the optimiser, which keeps them, has been made
+            parameter.requires_grad = False
         self.optimizer.register_step_pre_hook(self._measure_gradient)  # after the penalty's hook, to count it in
         if config.compile:
             torch.compiler.reset()  # code of an earlier run would be taken over without the hooks of this one

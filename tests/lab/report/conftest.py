@@ -160,3 +160,43 @@ def demo(folders):
     for seed, accuracy in enumerate((0.723, 0.775, 0.780), start=1):
         folders.add(accuracy, seed=seed, head="pool", lr=3e-4)
     return folders
+
+
+def certificate():
+    """The part of ``certificate.json`` that the report reads."""
+    layers = [
+        {"name": f"blocks.{j}", "reference": 2.0, "distance": j / 10, "share": j / 3, "distance_elasticity": j / 4}
+        for j in range(3)
+    ]
+    printed = {"name": "Theorem 2 (as printed)", "about": "complexity", "kind": "printed"}
+    comparison = [
+        {**printed, "log10": 4.25},
+        {**printed, "name": "Theorem 3 (as printed)", "log10": None},
+        {"name": "distance bound", "log10": -0.5, "about": "complexity", "kind": "certificate"},
+    ]
+    return {
+        "schema": 1,
+        "certificate": {
+            "delta": 0.05,
+            "samples": 34006,
+            "loss": "ramp (margin 2)",
+            "empirical_loss": 0.25,
+            "gap": 0.4321,
+            "total": 0.6821,
+            "vacuous": False,
+            "loss_range": 1.0,
+            "mode": "declared",
+            "confidence": 0.03,
+            "layers": layers,
+            "comparison": comparison,
+        },
+    }
+
+
+@pytest.fixture
+def certified(folders):
+    """One run of ``none``, and one of ``mars-pgm`` that is certified."""
+    folders.add(0.7, seed=1)
+    folder = folders.add(0.75, method="mars-pgm", seed=1, relative_radius=0.02)
+    (folder / "certificate.json").write_text(json.dumps(certificate()))
+    return folders

@@ -74,6 +74,21 @@ def test_every_chart_is_drawn_without_an_error_or_a_request(demo, tmp_path, sche
     assert f'fill="{colour}"' in opened.dom
 
 
+def test_certificates_are_drawn(certified, tmp_path):
+    opened = open_page(report.write([certified.root], tmp_path / "report.html"), tmp_path)
+
+    assert opened.console == []
+    assert opened.requests == []
+    drawn = [
+        figure for figure in opened.dom.split("<figure>")[1:] if re.search("log10 of the bounds|layer adds", figure)
+    ]
+    assert len(drawn) == 2
+    for figure, marks in zip(drawn, (2, 2), strict=True):
+        svg = figure[figure.index("<svg") : figure.index("</svg>")]
+        assert len(re.findall(r'aria-roledescription="bar"', svg)) == marks
+        assert "NaN" not in svg
+
+
 def test_hostile_names_run_no_script(folders, tmp_path):
     folder = folders.add(
         0.7, classes=("<img src=x onerror=console.error(1)>", "</script><script>console.error(2)</script>")

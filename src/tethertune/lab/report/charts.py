@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import altair as alt
 
-from tethertune.lab.report import drawing, formats, movement, tables
+from tethertune.lab.report import certificates, drawing, formats, movement, tables
 from tethertune.lab.report.drawing import Chart, Figure, Key, colour
 from tethertune.lab.report.grouping import Comparison, Group
 from tethertune.lab.report.statistics import Difference, Summary, summarise
@@ -26,7 +26,7 @@ _CURVES = {"accuracy": "Training accuracy", "validation_accuracy": "Validation a
 def figures(comparison: Comparison) -> list[Figure]:
     """All figures of a comparison for which it has data."""
     made = (_accuracies(comparison), _curves(comparison), _distances(comparison), _held(comparison))
-    return [figure for figure in made if figure]
+    return [*(figure for figure in made if figure), *certificates.figures(comparison)]
 
 
 def _accuracies(comparison: Comparison) -> Figure | None:

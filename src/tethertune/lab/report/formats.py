@@ -6,7 +6,10 @@ from typing import Any
 
 from tethertune.lab.report.statistics import Difference, Summary
 
-__all__ = ["accuracy", "duration", "fields", "interval", "number", "points", "share", "spread", "value"]
+__all__ = ["AS_PRINTED", "accuracy", "duration", "fields", "interval", "number", "points", "share", "spread", "value"]
+
+AS_PRINTED = "as printed, not a valid bound"
+"""What is said of every bound that is computed as the paper prints it."""
 
 _MINUS = "\N{MINUS SIGN}"
 _WORDS = {"lr": "learning rate", "head_lr": "head learning rate", "head_radius": "head", "head_strength": "head"}
