@@ -127,6 +127,9 @@ def commands(path):
 @pytest.mark.parametrize("path", SHOWING_COMMANDS, **name_of)
 def test_commands_are_understood(path):
     for words in commands(path):
+        if len(words) == 1:  # a mention in a sentence
+            assert words[0] in list(app)
+            continue
         _, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
         if {"model", "data"} <= bound.arguments.keys():
             FinetuneConfig(**bound.arguments)
