@@ -19,7 +19,7 @@ docs: setup            ## build the documentation; warnings are errors
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 lock: $(BIN)/uv        ## resolve every dependency again, with hashes
-	$(BIN)/uv pip compile -q --universal --generate-hashes --no-emit-index-url --extra lab --group dev --group docs \
+	$(BIN)/uv pip compile -q --universal --generate-hashes --no-emit-index-url --all-extras --group dev --group docs \
 		--custom-compile-command "make lock" -o requirements.lock pyproject.toml
 
 setup: .venv/.installed
