@@ -80,6 +80,45 @@ def test_embedded_images(tmp_path):
     assert np.array_equal(dataset.test.batch(torch.tensor([5]))[0].permute(1, 2, 0), np.asarray(whole))
 
 
+def test_training_on_the_validation_images_too_leaves_the_validation_split_alone(folder, tmp_path):
+    apart, both = (load(folder, tmp_path, per_class=3, train_on=value) for value in ("train", "train+validation"))
+    assert both.sizes == {"train": 9, "validation": 3, "test": 3}
+    assert set(both.train.members) == {*apart.train.members, *apart.validation.members}
+    assert both.validation.members.tolist() == apart.validation.members.tolist()
+    assert both.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 1]
+
+
+def test_validation_and_test_subsets_are_the_same_for_every_seed(tmp_path):
+    first, other = (
+        load("fashion", tmp_path, per_class=2, validation_per_class=7, test_per_class=9, seed=seed) for seed in (1, 2)
+    )
+    assert first.sizes == {"train": 20, "validation": 70, "test": 90}
+    assert first.train.members.tolist() != other.train.members.tolist()
+    for split in ("validation", "test"):
+        assert getattr(first, split).members.tolist() == getattr(other, split).members.tolist()
+    assert np.bincount(first.test.labels).tolist() == [9] * 10
+
+
+@pytest.mark.parametrize("train_on", ["train", "train+validation"])
+def test_wrong_labels_are_only_in_what_is_trained_on(tmp_path, train_on):
+    clean, noisy, again, other = (
+        load("fashion", tmp_path, per_class=10, label_noise=noise, seed=seed, train_on=train_on)
+        for noise, seed in ((0.0, 1), (0.4, 1), (0.4, 1), (0.4, 2))
+    )
+    wrong = noisy.train.labels != clean.train.labels
+    assert wrong.sum() == round(0.4 * len(clean.train))
+    assert noisy.train.members.tolist() == clean.train.members.tolist()
+    assert noisy.train.labels.tolist() == again.train.labels.tolist() != other.train.labels.tolist()
+    for split in ("validation", "test"):
+        assert getattr(noisy, split).labels.tolist() == getattr(clean, split).labels.tolist()
+
+
+def test_stretched_images_show_everything(folder, tmp_path):
+    dataset = load(folder, tmp_path, resize="stretch", interpolation="nearest")
+    whole = images.read(folder / "test/cat/00.png").resize((8, 8), Image.Resampling.NEAREST)
+    assert np.array_equal(dataset.test.batch(torch.tensor([0]))[0].permute(1, 2, 0), np.asarray(whole))
+
+
 def test_the_default_cache_is_the_users(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     load(folder, tmp_path, cache=None)
@@ -95,6 +134,12 @@ def test_the_default_cache_is_the_users(folder, tmp_path, monkeypatch):
         ({"crop_fraction": 1.5}, "crop_fraction = 1.5"),
         ({"crop_fraction": float("nan")}, "crop_fraction = nan"),
         ({"per_class": 5}, "per_class = 5, but class 'dog' has 4 training images"),
+        ({"validation_per_class": 2}, "validation_per_class = 2, but class 'dog' has 1 validation images"),
+        ({"test_per_class": 2}, "test_per_class = 2, but class 'cat' has 1 test images"),
+        ({"label_noise": 1.0}, "label_noise = 1.0; .* from 0 to below 1"),
+        ({"label_noise": -0.1}, "label_noise = -0.1"),
+        ({"resize": "squash"}, "resize = 'squash' is unknown; allowed are crop, stretch"),
+        ({"train_on": "all"}, "train_on = 'all' is unknown; allowed are train, train\\+validation"),
     ],
 )
 def test_what_is_not_allowed_is_refused_before_anything_is_written(folder, tmp_path, options, message):

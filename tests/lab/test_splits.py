@@ -72,3 +72,19 @@ def test_no_number_keeps_everything():
 def test_a_subset_that_cannot_be_is_refused(per_class):
     with pytest.raises(ConfigurationError, match=f"per_class = {per_class}.*'ant' has 3 .*from 1 to 3"):
         splits.subset(ALL["train"], LABELS, CLASSES, per_class, seed=0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 0.99])
+def test_noise_replaces_exactly_its_share_by_any_other_class(share):
+    labels = np.repeat([0, 1, 2, 3], 500)
+    noisy = splits.with_noise(labels, 4, share, seed=0)
+    moved = (noisy - labels)[noisy != labels] % 4
+    assert len(moved) == round(share * 2000)
+    if share > 0.3:
+        assert np.bincount(moved, minlength=4)[1:].min() > len(moved) / 3 * 0.85
+    assert labels.tolist() == np.repeat([0, 1, 2, 3], 500).tolist()
+
+
+def test_two_classes_are_exchanged_by_noise():
+    labels = np.zeros(10, np.int64)
+    assert splits.with_noise(labels, 2, 0.5, seed=3).sum() == 5

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -12,7 +13,12 @@ from tethertune.errors import ConfigurationError
 from tethertune.lab import cache as image_cache
 from tethertune.lab import images, sources, splits
 
-__all__ = ["Dataset", "Split", "load"]
+__all__ = ["Dataset", "Resize", "Split", "TrainOn", "load"]
+
+Resize = Literal["crop", "stretch"]
+"""How photos become square: ``"crop"`` cuts the centre out, ``"stretch"`` keeps everything and loses the shape."""
+TrainOn = Literal["train", "train+validation"]
+"""Which images weights are fitted to."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,12 @@ def load(
     size: int,
     interpolation: str = "bilinear",
     crop_fraction: float = 0.875,
+    resize: Resize = "crop",
+    train_on: TrainOn = "train",
     per_class: int | None = None,
+    validation_per_class: int | None = None,
+    test_per_class: int | None = None,
+    label_noise: float = 0.0,
     seed: int = 0,
     cache: str | Path | None = None,
 ) -> Dataset:
@@ -89,18 +100,35 @@ def load(
         interpolation: How pixels are interpolated: ``"bilinear"``, ``"bicubic"``, ``"nearest"``, ...
         crop_fraction: Images from a folder are resized so that the central square with this share of the shorter side
             has the given size, and cut to it, as timm does for evaluation. Embedded images are resized whole.
+        resize: See :data:`Resize`; ``"stretch"`` sets ``crop_fraction`` aside.
+        train_on: With ``"train+validation"`` the training split holds both. The validation split stays what it is, so
+            its figures are then of images that were trained on.
         per_class: Training images to keep of each class; None keeps all.
-        seed: Decides which images are held out, and which ``per_class`` keeps.
+        validation_per_class: Validation images to keep of each class, the same for every seed; None keeps all.
+        test_per_class: Test images to keep of each class, the same for every seed; None keeps all.
+        label_noise: Share of the labels trained on that another class takes the place of; the labels of validation
+            and test stay true.
+        seed: Decides which images are held out, which ``per_class`` keeps, and which labels are wrong.
         cache: Folder of decoded images; None is ``$XDG_CACHE_HOME/tethertune``.
 
     Raises:
-        ConfigurationError: A number or name is not allowed, or ``per_class`` is more than some class has.
+        ConfigurationError: A number or name is not allowed, or more images are to be kept than some class has.
         DataError: The folder, a class or an image cannot be used, or the cache cannot be written.
     """
-    _check(size, interpolation, crop_fraction)
+    _check(size, interpolation, crop_fraction, resize, train_on)
     source = sources.find(data)
     members = splits.complete(source.splits, source.labels, source.classes, seed)
-    members["train"] = splits.subset(members["train"], source.labels, source.classes, per_class, seed)
+    for split, key, kind, count, chance in (
+        ("train", "per_class", "training", per_class, seed),
+        ("validation", "validation_per_class", "validation", validation_per_class, 0),
+        ("test", "test_per_class", "test", test_per_class, 0),
+    ):
+        of_split = members[split]
+        members[split] = splits.subset(of_split, source.labels, source.classes, count, chance, key=key, kind=kind)
+    if train_on == "train+validation":
+        members["train"] = np.sort(np.concatenate([members["train"], members["validation"]]))
+    labels = {split: source.labels[chosen] for split, chosen in members.items()}
+    labels["train"] = splits.with_noise(labels["train"], len(source.classes), label_noise, seed)
     folder = Path(cache) if cache else image_cache.default_folder()
     fingerprint = image_cache.fingerprint(source, folder)
     store = image_cache.decoded(
@@ -108,7 +136,7 @@ def load(
         fingerprint,
         size=size,
         interpolation=interpolation,
-        crop_fraction=None if source.cropped else crop_fraction,
+        crop_fraction=None if source.cropped or resize == "stretch" else crop_fraction,
         cache=folder,
     )
     return Dataset(
@@ -116,13 +144,16 @@ def load(
         classes=source.classes,
         fingerprint=fingerprint,
         ignored=source.ignored,
-        **{split: Split(store, chosen, source.labels[chosen]) for split, chosen in members.items()},
+        **{split: Split(store, chosen, labels[split]) for split, chosen in members.items()},
     )
 
 
-def _check(size: int, interpolation: str, crop_fraction: float) -> None:
+def _check(size: int, interpolation: str, crop_fraction: float, resize: str, train_on: str) -> None:
     if size < 1:
         raise ConfigurationError(f"size = {size}; give the side of the images in pixels, 1 or more.")
     if not 0 < crop_fraction <= 1:
         raise ConfigurationError(f"crop_fraction = {crop_fraction}; give a share above 0, at most 1.")
+    for key, value, kind in (("resize", resize, Resize), ("train_on", train_on, TrainOn)):
+        if value not in get_args(kind):
+            raise ConfigurationError(f"{key} = {value!r} is unknown; allowed are {', '.join(get_args(kind))}.")
     images.resampling(interpolation)

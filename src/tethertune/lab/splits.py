@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from tethertune.errors import ConfigurationError, DataError
 from tethertune.lab.randomness import generator
 
-__all__ = ["HELD_OUT_PERCENT", "complete", "subset"]
+__all__ = ["HELD_OUT_PERCENT", "complete", "subset", "with_noise"]
 
 HELD_OUT_PERCENT = 15
 """Share of each class that a split gets which the data does not come with."""
@@ -51,11 +51,27 @@ def complete(
 
 
 def subset(
-    members: NDArray[np.int64], labels: NDArray[np.int64], classes: Sequence[str], per_class: int | None, seed: int
+    members: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    classes: Sequence[str],
+    per_class: int | None,
+    seed: int,
+    *,
+    key: str = "per_class",
+    kind: str = "training",
 ) -> NDArray[np.int64]:
     """Keep ``per_class`` of the members of every class, or all of them for None.
 
     With one seed, a smaller subset is part of a larger one.
+
+    Args:
+        members: Ascending indices of the images of a split.
+        labels: (n,) the class of every image.
+        classes: Names of the classes.
+        per_class: How many to keep of each class.
+        seed: Another seed keeps other images.
+        key: What the number is called in the configuration.
+        kind: What images of the split are called.
 
     Raises:
         ConfigurationError: ``per_class`` is below 1, or more than some class has.
@@ -66,11 +82,32 @@ def subset(
     scarcest = int(counts.argmin())
     if not 1 <= per_class <= counts[scarcest]:
         raise ConfigurationError(
-            f"per_class = {per_class}, but class {classes[scarcest]!r} has {counts[scarcest]} training images; "
+            f"{key} = {per_class}, but class {classes[scarcest]!r} has {counts[scarcest]} {kind} images; "
             f"give a number from 1 to {counts[scarcest]}."
         )
     drawn = [shuffled[:per_class] for _, shuffled in _shuffled("subset", members, labels, len(classes), seed)]
     return np.sort(np.concatenate(drawn))
+
+
+def with_noise(labels: NDArray[np.int64], classes: int, share: float, seed: int) -> NDArray[np.int64]:
+    """Replace a share of the labels, each by another class, all others being equally likely.
+
+    Args:
+        labels: (n,) the true labels.
+        classes: Number of classes, 2 or more.
+        share: ``round(share * n)`` labels are replaced, 0 to below 1.
+        seed: Another seed replaces others.
+
+    Raises:
+        ConfigurationError: ``share`` is not allowed.
+    """
+    if not 0 <= share < 1:
+        raise ConfigurationError(f"label_noise = {share}; give the share of wrong labels, from 0 to below 1.")
+    random = generator("label noise", seed)
+    wrong = random.permutation(len(labels))[: round(share * len(labels))]
+    noisy = labels.copy()
+    noisy[wrong] = (labels[wrong] + random.integers(1, classes, len(wrong))) % classes
+    return noisy
 
 
 def _shuffled(
