@@ -269,6 +269,26 @@ class TestChoice:
         assert not torch.equal(net.fc.bias, before["fc.bias"])
 
     @pytest.mark.parametrize("norm", ["mars", "frobenius"])
+    def test_a_frozen_bias_of_the_head_is_zero_exactly(self, net, norm):
+        before = snapshot(net)
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
+        constraint = tt.Constraint(net, norm=norm, radius=0.1, head="fc", head_radius=1.0, head_bias="frozen")
+        constraint.attach(optimizer)
+        train(net, optimizer)
+        assert not net.fc.bias.any()
+        assert constraint.distances()["fc.bias"].radius == 0
+        assert not torch.equal(net.bn.bias, before["bn.bias"])
+        again = tt.Constraint(net, norm=norm, radius=0.1, head="fc", head_radius=1.0, reference=before)
+        again.load_state_dict(constraint.state_dict())
+        assert "fc.bias" in again.distances()
+        older = constraint.state_dict()
+        del older["settings"]["head_bias"]  # as 0.1.0 wrote it
+        again.load_state_dict(older)
+        assert "fc.bias" not in again.distances()
+        with pytest.raises(ConfigurationError, match="needs head="):
+            tt.Constraint(net, radius=0.1, head_bias="frozen")
+
+    @pytest.mark.parametrize("norm", ["mars", "frobenius"])
     def test_authors_convention_bounds_the_normalised_scale_per_channel(self, net, norm):
         optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
         start = net.bn.weight.detach().double() / (net.bn.running_var.double() + 1e-6).sqrt()
@@ -296,7 +316,7 @@ class TestChoice:
         with pytest.raises(PatternError, match="radius"):
             tt.Constraint(net, radius={"stemm*": 1.0})
 
-    @pytest.mark.parametrize("argument", ["norm", "affine", "convention", "projection"])
+    @pytest.mark.parametrize("argument", ["norm", "affine", "head_bias", "convention", "projection"])
     def test_unknown_words_are_refused_with_what_is_allowed(self, net, argument):
         with pytest.raises(ConfigurationError, match=f"{argument}='mar'"):
             tt.Constraint(net, radius=1.0, **{argument: "mar"})

@@ -33,7 +33,7 @@ PANELS = {
     "Data": ("data", "per_class", "augment", "cache"),
     "Method": (
         *("method", "radius", "relative_radius", "head_radius", "strength", "head_strength"),
-        *("projection", "convention", "affine", "include", "exclude", "attention"),
+        *("projection", "convention", "affine", "head_bias", "include", "exclude", "attention"),
     ),
     "Training": (
         *("epochs", "batch_size", "accumulate", "optimizer", "lr", "head_lr", "weight_decay", "schedule"),

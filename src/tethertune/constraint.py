@@ -90,6 +90,7 @@ class Constraint:
             normalisation scales, biases, parameters of unknown modules (a row is an entry of axis 0).
         exclude: Names or patterns of layers to leave free.
         affine: ``"free"``, or ``"frozen"`` to hold the body's biases and normalisation scales at the reference.
+        head_bias: The head's bias: ``"free"``, or ``"frozen"`` at 0, so that ``head_radius`` bounds the whole head.
         convention: ``"operator"``, or ``"authors"`` for the rows of the published code; see :mod:`tethertune.rows`.
         projection: Onto the row l1 ball: ``"radial"`` as in the paper, or ``"euclidean"``. The Frobenius projection
             is both.
@@ -129,6 +130,7 @@ class Constraint:
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         affine: Literal["free", "frozen"] = "free",
+        head_bias: Literal["free", "frozen"] = "free",
         convention: Convention = "operator",
         projection: Literal["radial", "euclidean"] = "radial",
         reference: Source | None = None,
@@ -138,6 +140,8 @@ class Constraint:
     ) -> None:
         if head is None and head_radius is not None:
             raise ConfigurationError(f"head_radius={head_radius} needs head=, the name of the new head's module.")
+        if head is None and head_bias == "frozen":
+            raise ConfigurationError("head_bias='frozen' needs head=, the name of the new head's module.")
         if check_every < 1:
             raise ConfigurationError(f"check_every={check_every} must be at least 1.")
         self._settings: dict[str, Any] = {
@@ -148,6 +152,7 @@ class Constraint:
             "include": list(include),
             "exclude": list(exclude),
             "affine": _one_of("affine", affine, ("free", "frozen")),
+            "head_bias": _one_of("head_bias", head_bias, ("free", "frozen")),
             "convention": _one_of("convention", convention, ("operator", "authors")),
             "projection": _one_of("projection", projection, ("radial", "euclidean")),
         }
@@ -183,10 +188,13 @@ class Constraint:
         radii = dict(zip(body, _radii_by_name(chosen["radius"], body), strict=True))
         if chosen["head_radius"] is not None:
             radii |= {layer: [chosen["head_radius"]] for layer, is_taken in taken if is_taken and layer.role == "head"}
-        if chosen["affine"] == "frozen":
+        still = [la for la in self._layers if la.role == "body" and la.rows.kind in ("bias", "normalisation")]
+        still = still if chosen["affine"] == "frozen" else []
+        if chosen["head_bias"] == "frozen":
+            still += [la for la in self._layers if la.role == "head" and la.rows.kind == "bias"]
+        if still:
             excluded = rows.matching([n for layer in self._layers for n in layer.names], chosen["exclude"], "exclude")
-            affine = [la for la in self._layers if la.role == "body" and la.rows.kind in ("bias", "normalisation")]
-            radii |= {layer: [0.0] for layer in affine if excluded.isdisjoint(layer.names)}
+            radii |= {layer: [0.0] for layer in still if excluded.isdisjoint(layer.names)}
         finite = {layer: [radius for radius in given if radius != math.inf] for layer, given in radii.items()}
         return {layer: given for layer, given in finite.items() if given}
 
@@ -364,7 +372,7 @@ class Constraint:
         Whatever is raised, nothing is changed then.
         """
         before = vars(self).copy()
-        self._settings, self._fingerprint = dict(state["settings"]), None
+        self._settings, self._fingerprint = {"head_bias": "free", **state["settings"]}, None  # 0.1.0 had none
         try:
             self._build(self._reference)
             if self.state_dict()["fingerprint"] != state["fingerprint"]:

@@ -58,7 +58,9 @@ def test_a_run_that_declares_its_radii(resnet):
     scale = (1.0 + 1e-5 + 1e-9) / math.sqrt(1 + 1e-5)  # random batch norm: weight 1, variance 1, eps 1e-5
     assert all(layer.measured_distance <= layer.distance <= 0.1 * scale for layer in found.layers)
     assert any(layer.measured_distance > 0 for layer in found.layers)
-    assert 1 < found.head_bound < 1.5
+    assert found.head_bound == pytest.approx(1, rel=1e-4)
+    assert 0 < found.head_bias < 0.5
+    assert "--head-bias frozen declares it" in details(finding)[DECLARATION]
     assert found.as_dict() == json.loads((run.path / "certificate.json").read_text())["certificate"]
     assert runs.load(run.path).certificate == finding.to_dict()
 
@@ -129,7 +131,24 @@ def test_what_a_radius_of_0_froze_is_frozen_on_the_grid_too(resnet):
     found = certify(resnet(radius=0.0).path, mode="grid").certificate
 
     assert found.distance.parts[1] == ("moved", -math.inf)
-    assert found.paid == ("the head's norm", "the margin")
+    assert found.paid == ("the head's norm", "the head's bias", "the margin")
+
+
+@pytest.mark.parametrize(
+    ("options", "bound"), [({"head_bias": "frozen"}, 0), ({"include": ("fc.bias",)}, 1)], ids=["frozen", "in the ball"]
+)
+def test_a_bias_of_the_head_that_is_declared_costs_nothing(resnet, options, bound):
+    run = resnet(radius=0.0, **options)
+    finding = certify(run.path, margin=2.0)
+
+    assert finding.certificate.head_bias == pytest.approx(bound, rel=1e-4)
+    assert (finding.certificate.paid, finding.certificate.price) == ((), 0)
+    assert statuses(finding)[DECLARATION] == "pass"
+    assert details(finding)[DECLARATION] == "those of the weights and of the head's bias"
+    bias = load_file(run.path / "model.safetensors")["fc.bias"]
+    assert bool(bias.any()) == (bound > 0)
+    if not bound:
+        assert certify(run.path, mode="grid", margin=2.0).certificate.paid == ("the head's norm",)
 
 
 def test_frobenius_radii_count_too(resnet):

@@ -79,6 +79,7 @@ def test_a_configuration_with_its_defaults_filled_in_is_the_same_configuration()
         ({"method": "mars-pgm", "strength": 1}, "--strength 1.0 goes with --method l2-sp, mars-sp, delta"),
         ({"method": "l2-pgm", "projection": "euclidean"}, "--projection euclidean goes with --method mars-pgm"),
         ({"method": "l2-sp", "affine": "frozen"}, "--affine frozen goes with"),
+        ({"method": "none", "head_bias": "frozen"}, "--head-bias frozen goes with"),
         ({"method": "l2-sp", "attention": "none"}, "--attention none goes with --method delta"),
         ({"method": "delta", "exclude": ("fc",)}, "--exclude fc goes with"),
     ],

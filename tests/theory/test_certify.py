@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_grid_costs_confidence_and_rounds_up():
     free = certify(model, data(), reference=reference, head="7", mode="measured")
     paid = certify(model, data(), reference=reference, head="7")
     assert (paid.kind, paid.mode) == ("certificate", "grid")
-    assert paid.paid == ("distances of 2 layers", "bias shifts of 2 layers", "the head's norm")
+    assert paid.paid == ("distances of 2 layers", "bias shifts of 2 layers", "the head's norm", "the head's bias")
     assert paid.price > 0
     assert paid.confidence == pytest.approx(certificate.confidence(40, 0.05, price=paid.price))
     assert paid.distance.log10 > free.distance.log10
@@ -131,9 +132,41 @@ def test_declared_radii_cost_nothing_where_batch_norm_is_frozen():
     assert found.layers[1].distance == pytest.approx(0.3 * (1 + 1e-5), rel=1e-12)
     assert found.layers[0].measured_distance < found.layers[0].distance
     assert found.head_bound == pytest.approx(4.0, rel=1e-4)
+    assert 0 < found.head_bias < 1e-5  # the smallest cell of the grid
     assert {check.name: check.status for check in found.checks}[
         "the radii were fixed before the data, or paid for"
     ] == ("pass")
+
+
+@pytest.mark.parametrize(("mode", "paid"), [("declared", ()), ("grid", ("distances of 2 layers", "the head's norm"))])
+def test_a_heads_bias_that_was_held_at_zero_is_free(mode, paid):
+    reference = network()
+    model = moved(reference, only=lambda n: n in ("0.weight", "3.weight", "7.weight"))
+    with torch.no_grad():
+        model[7].bias.zero_()
+    radii = {"0.weight": 0.2, "3.weight": 0.3, "7.weight": 4.0, "7.bias": 0.0}
+    found = certify(model, data(), reference=reference, head="7", mode=mode, radii=radii, affine="frozen")
+    assert found.paid == paid
+    assert found.head_bias == 0
+    if mode == "declared":
+        assert (found.price, found.confidence) == (0, certificate.confidence(40, 0.05))
+
+
+def test_a_declared_bias_of_the_head_adds_a_weight_on_the_constant_one():
+    reference = network()
+    model = moved(reference, only=lambda n: n in ("0.weight", "3.weight", "7.weight"))
+    radii = {"0.weight": 0.2, "3.weight": 0.3, "7.weight": 4.0}
+    common = {"reference": reference, "head": "7", "mode": "declared", "affine": "frozen"}
+    found = certify(model, data(), radii=radii | {"7.bias": 2.0}, **common)
+    features = torch.cat([reference[:7](images) for images, _ in data()]).detach().double()
+    size = float(features.square().sum(0).max().sqrt())
+    factor = math.sqrt(2) * math.sqrt(2) * 3 / 40
+    expected = factor * (4 * size * math.sqrt(2 * math.log(8)) + 2 * math.sqrt(40)) * (1 + 1e-5)
+    assert found.paid == ()
+    assert 10 ** dict(found.distance.parts)["frozen"] == pytest.approx(expected, rel=1e-5)
+    assert found.head_bias == pytest.approx(2.0, rel=1e-4)
+    with pytest.raises(ConfigurationError, match=r"7\.bias is at mars distance .* outside of its declared radius"):
+        certify(model, data(), radii=radii | {"7.bias": 1e-3}, **common)
 
 
 def test_what_is_free_is_paid_for_in_declared_mode():
@@ -162,7 +195,7 @@ def test_layers_frozen_by_declaration_are_free():
     model = moved(reference, only=lambda n: n.startswith(("3.", "7.")))
     found = certify(model, data(), reference=reference, head="7", frozen=["0", "1"])
     assert found.layers[0].distance == 0
-    assert found.paid == ("distances of 1 layers", "bias shifts of 1 layers", "the head's norm")
+    assert found.paid == ("distances of 1 layers", "bias shifts of 1 layers", "the head's norm", "the head's bias")
     everything = certify(reference, data(), reference=reference, head="7", frozen=["0", "1", "3"])
     assert dict(everything.distance.parts)["moved"] == -math.inf
     assert everything.comparison[0].value == 0
@@ -251,6 +284,20 @@ def test_a_small_suffix_on_many_examples_is_not_vacuous():
     assert not found.vacuous
     assert found.empirical_error == 0
     assert found.total < 0.5
+
+
+def test_vacuous_is_what_promises_nothing():
+    reference = network()
+    found = certify(moved(reference), data(), reference=reference, head="7")
+    assert found.gap >= found.loss_range
+    assert found.vacuous
+    half = replace(found, gap_log10=math.log10(0.5))
+    assert not replace(half, empirical_loss=0.49).vacuous
+    assert replace(half, empirical_loss=0.5).vacuous
+    assert replace(half, empirical_loss=0.5).as_dict()["vacuous"] is True
+    assert replace(found, gap_log10=400.0).vacuous
+    whole = replace(half, empirical_loss=0.5, loss_range=2.0)
+    assert not whole.vacuous
 
 
 def test_everything_is_plain_json():

@@ -32,6 +32,14 @@ def test_worked_numbers():
     assert printed.long_sedghi(LAYERS, **common).value == pytest.approx(22.627416997969522, rel=1e-9)
 
 
+def test_equations_6_and_7_are_of_the_gap_and_the_theorems_of_the_complexity():
+    common = {"samples": 100, "parameters": 50, "input_bound": 2.0}
+    equations = (printed.bartlett(LAYERS, two_one_distances=[1, 1], **common), printed.long_sedghi(LAYERS, **common))
+    assert [bound.about for bound in (*equations, theorem2(LAYERS), theorem3(LAYERS))] == ["gap"] * 2 + [
+        "complexity"
+    ] * 2
+
+
 def test_everything_printed_says_so():
     for bound in (theorem2(LAYERS), theorem3(LAYERS)):
         assert bound.kind == "printed"

@@ -159,7 +159,7 @@ def test_resnet101_in_a_minute_and_four_gigabytes():
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["layers"] == 104
     assert found["gap_log10"] > 50
-    assert found["seconds"] < 120  # of the processor: a minute on two cores
+    assert found["seconds"] < 60  # of the processor, all threads together: well under a minute on two cores
     assert found["bytes"] < 4 * 2**30
 
 

@@ -6,13 +6,16 @@ gives networks of the class; the mean over draws of what they reach is a lower b
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
 
-from tethertune.theory.classes import measure
+from tethertune.theory import Ramp
+from tethertune.theory.case import Case
+from tethertune.theory.classes import NetworkClass, measure
 from tethertune.theory.graph import trace
 from tethertune.theory.propagation import Ball, Distance, Perturbation, Product, walk
 from tethertune.theory.sample import observe, tensors
@@ -169,3 +172,36 @@ def test_no_network_of_the_class_exceeds_the_bounds(make, seed):
         assert float(frozen.abs().max()) <= math.exp(furthest.log_size) * (1 + 1e-12)
         found = searched(model, head, network, state, balls, images=images, frozen=0.0, generator=generator)
         assert 0 < found <= math.exp(whole.log_expectation)
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.3])
+def test_no_head_of_the_class_exceeds_the_bound(bias):
+    """The whole complexity, through the loss: heads in their ball on moved features, with a bias in its interval."""
+    model, head, network, state, sample, images = prepare(pooled, 0)
+    generator = torch.Generator().manual_seed(0)
+    balls = {
+        index: replace(found.ball, distance=0.1 * found.ball.reference, shift=0.0)
+        for index, found in measure(network, state, state).items()
+    }
+    loss, bound = Ramp(0.5), 2.0
+    proven = Case(network, sample, sample.input_sup).bounds(NetworkClass(balls, bound, bias, 0.0, ()), loss)
+    features = {}
+    model.get_submodule(head).register_forward_pre_hook(lambda _, inputs: features.update(x=inputs[0]))
+    labels = torch.randint(2, (SAMPLES,), generator=generator)
+    reached = []
+    for _ in range(DRAWS):
+        signs = torch.randint(0, 2, (SAMPLES,), generator=generator).double() * 2 - 1
+        best = -math.inf
+        for _ in range(20):
+            random = {name: torch.randn(state[name].shape, generator=generator, dtype=torch.float64) for name in state}
+            functional_call(model, corners(network, state, balls, random), (images,))
+            x = features["x"].detach()
+            weight = torch.randn(2, x.shape[1], generator=generator, dtype=torch.float64)
+            weight *= bound / weight.abs().sum(1, keepdim=True)
+            shift = bias * torch.randn(2, generator=generator, dtype=torch.float64).sign()
+            logits = x @ weight.T + shift
+            margins = logits.gather(1, labels[:, None]) - logits.gather(1, 1 - labels[:, None])
+            losses = (1 - margins.squeeze(1) / loss.margin).clamp(0, 1)
+            best = max(best, float((signs * losses).mean()))
+        reached.append(best)
+    assert 0 < sum(reached) / DRAWS <= min(found.value for found in proven.all)

@@ -332,7 +332,8 @@ def _declared(config: FinetuneConfig, loaded: LoadedModel) -> _Declared:
     layers = rows.layers(loaded.model, head=loaded.head, convention=config.convention)
     maps = {layer.name for layer in layers if layer.rows.kind == "map"}
     affine = {layer.name for layer in layers if layer.role == "body" and layer.rows.kind in ("bias", "normalisation")}
-    radii = {name: radius for name, radius in balls.items() if name in maps}
+    bias = f"{loaded.head}.bias"
+    radii = {name: radius for name, radius in balls.items() if name in maps or name == bias}
     if config.convention != "operator":
         radii = {name: 0.0 for name, radius in radii.items() if radius == 0}
     norms = [module for module in loaded.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
@@ -342,12 +343,12 @@ def _declared(config: FinetuneConfig, loaded: LoadedModel) -> _Declared:
         held |= {name for name, _ in loaded.model.named_buffers()}
     frozen = still and affine <= held
     free = sorted(layer.name for layer in layers if layer.rows.kind == "map" and layer.name not in radii)
-    return _Declared(
-        radii, method.norm, "frozen" if frozen else "free", frozenset(held), _declaration(config, free, still, frozen)
-    )
+    bias_is_free = bias not in radii and any(layer.name == bias for layer in layers)
+    check = _declaration(config, free, still=still, frozen=frozen, bias_is_free=bias_is_free)
+    return _Declared(radii, method.norm, "frozen" if frozen else "free", frozenset(held), check)
 
 
-def _declaration(config: FinetuneConfig, free: list[str], still: bool, frozen: bool) -> Check:
+def _declaration(config: FinetuneConfig, free: list[str], *, still: bool, frozen: bool, bias_is_free: bool) -> Check:
     """Whether the configuration declares all that a class needs; what it does not, the grid has covered."""
     faults = []
     if config.convention != "operator":
@@ -358,5 +359,7 @@ def _declaration(config: FinetuneConfig, free: list[str], still: bool, frozen: b
         faults.append("--bn train moves the statistics")
     elif not frozen:
         faults.append("--affine free moves biases and batch norm")
-    detail = f"{'; '.join(faults)}: paid for on the grid" if faults else "the head's bias aside, which the grid covers"
+    detail = f"{'; '.join(faults)}: paid for on the grid" if faults else "those of the weights and of the head's bias"
+    if bias_is_free and not faults:
+        detail = "the head's bias aside, which the grid covers (--head-bias frozen declares it)"
     return Check("the run's configuration declares every radius", "fail" if faults else "pass", detail)

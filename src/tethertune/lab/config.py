@@ -68,6 +68,9 @@ class FinetuneConfig:
     affine: Literal["free", "frozen"] = "free"
     """Biases and normalisation layers of a constrained model: free, or frozen at their pre-trained values."""
 
+    head_bias: Literal["free", "frozen"] = "free"
+    """Bias of a constrained model's new head: free, or frozen at zero, so that the head's radius bounds all of it."""
+
     include: tuple[str, ...] = ()
     """Name patterns of parameters that are held too, though they are free by default (embeddings, biases)."""
 
@@ -325,7 +328,7 @@ def _methods(*kinds: str) -> tuple[str, ...]:
 
 
 _TAKEN_BY = {
-    **dict.fromkeys(("radius", "relative_radius", "head_radius", "affine"), _methods("constraint")),
+    **dict.fromkeys(("radius", "relative_radius", "head_radius", "affine", "head_bias"), _methods("constraint")),
     **dict.fromkeys(("strength", "head_strength"), _methods("penalty", "features")),
     **dict.fromkeys(("include", "exclude"), _methods("constraint", "penalty")),
     "projection": ("mars-pgm",),

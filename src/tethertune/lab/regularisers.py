@@ -83,6 +83,7 @@ class Balls(Regulariser):
             include=config.include,
             exclude=config.exclude,
             affine=config.affine,
+            head_bias=config.head_bias,
             convention=config.convention,
             projection=config.projection,
             reference=reference,

@@ -6,7 +6,7 @@ With probability at least ``1 - delta`` over the training sample, for every netw
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any, Literal
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from tethertune.errors import ConfigurationError
-from tethertune.theory import calculus, certificate, classes, grid, printed
-from tethertune.theory.bounds import Bound, Layer, log, log_sum, to_log10, to_value
+from tethertune.theory import certificate, classes, grid
+from tethertune.theory.bounds import Bound, log, log_sum, to_log10, to_value
+from tethertune.theory.case import Bounds, Case, as_printed, sizes
 from tethertune.theory.checklist import Check, Facts, checklist
 from tethertune.theory.classes import Measured, Mode, NetworkClass, Sharing
-from tethertune.theory.graph import Network, trace
+from tethertune.theory.graph import trace
 from tethertune.theory.losses import Loss, Ramp
-from tethertune.theory.maps import Dense, OperatorNorms
-from tethertune.theory.propagation import Ball, Distance, Perturbation, Product, walk
-from tethertune.theory.sample import Sample, observe, tensors
+from tethertune.theory.propagation import Ball
+from tethertune.theory.sample import observe, tensors
 
 __all__ = ["Certificate", "LayerReport", "certify"]
 
@@ -90,12 +90,13 @@ class Certificate:
         confidence: The confidence term.
         price: Nats of it that were paid for radii chosen on the sample.
         paid: What was paid for.
-        head_bound: B_V of the class.
+        head_bound: B_V of the class, the largest row l1 norm of the head's weights.
+        head_bias: The largest absolute value of an entry of the head's bias, of the class.
         gap_log10: log10 of the gap.
-        loss_range: b; the certificate is vacuous where empirical loss and gap reach it.
+        loss_range: b, the largest value of the loss.
         layers: Contribution of each layer, in the network's order.
         comparison: Printed bounds of the same network beside the certificates. Networks that are not chains are taken
-            as if they were, and ``is_upper_bound`` says where the number is proven to bound anything.
+            as if they were, without biases, and ``is_upper_bound`` says where the number is proven to bound anything.
         checks: Preconditions, each with pass, fail or unknown.
     """
 
@@ -115,6 +116,7 @@ class Certificate:
     price: float
     paid: tuple[str, ...]
     head_bound: float
+    head_bias: float
     gap_log10: float
     loss_range: float
     layers: tuple[LayerReport, ...]
@@ -138,8 +140,11 @@ class Certificate:
 
     @property
     def vacuous(self) -> bool:
-        """Whether the gap alone reaches the loss's range: then nothing has been learned of the expected loss."""
-        return self.gap_log10 >= math.log10(self.loss_range)
+        """Whether it promises nothing: empirical loss and gap reach the loss's range, which no loss exceeds anyway.
+
+        A gap that reaches the range alone is the usual reason, whatever the empirical loss.
+        """
+        return self.total is None or self.total >= self.loss_range
 
     @property
     def samples_needed_log10(self) -> float:
@@ -191,7 +196,8 @@ def certify(
             to a grid and pay for it. ``measured``: take the distances as they are; a measurement, not a certificate.
         sharing: One grid cell for all layers (``shared``), one for each (``per-layer``), or the ``better`` of the two,
             with ``delta / 2`` for each.
-        radii: In ``declared`` mode, the radius of each weight by its name, the head's included. What is missing is on
+        radii: In ``declared`` mode, the radius of each weight by its name, the head's included, and under the name of
+            the head's bias the largest absolute value of its entries (0 in ``grid`` mode too). What is missing is on
             the grid.
         norm: The norm of the radii.
         affine: ``frozen`` where biases and batch norm were held at the reference by declaration.
@@ -238,35 +244,71 @@ def certify(
         raise ConfigurationError(
             f"input_bound={input_bound}, but the sample has an entry of size {sample.input_sup:.6g}: it is no bound."
         )
-    case = _Case(network, sample, delta / len(choices), input_bound)
-    found = [case.bounds(choice, option, price) for choice in choices for option, price in _options(loss)]
-    best = min(found, key=lambda result: result.total_log)
-    comparison = _compare(case, best, state, pretrained)
+    case = Case(network, sample, input_bound)
+    found = [
+        _Outcome(
+            case.bounds(choice, option),
+            option.mean(sample.scores),
+            choice.price + price,
+            certificate.confidence(
+                sample.size,
+                delta / len(choices),
+                option.largest(sample.scores.classes),
+                price=choice.price + price,
+            ),
+        )
+        for choice in choices
+        for option, price in _options(loss)
+    ]
+    best = min(found, key=lambda outcome: outcome.total_log)
+    proven = best.bounds
     kind: Literal["certificate", "measurement"] = "measurement" if mode == "measured" else "certificate"
-    relabelled = {b: replace(b, kind=kind, is_upper_bound=None if mode == "measured" else True) for b in best.bounds}
+    comparison = as_printed(case, proven, sizes(network, state, pretrained))
+    if mode == "measured":
+        proven = proven.as_measured()
     return Certificate(
         kind=kind,
         mode=mode,
         delta=delta,
         samples=sample.size,
         classes=sample.scores.classes,
-        loss=best.loss.name,
+        loss=proven.loss.name,
         empirical_loss=best.empirical,
         empirical_error=sample.scores.error,
-        bounds_error=best.loss.bounds_error,
-        product=relabelled[best.product],
-        distance=relabelled[best.distance],
-        perturbation=None if best.perturbation is None else relabelled[best.perturbation],
+        bounds_error=proven.loss.bounds_error,
+        product=proven.product,
+        distance=proven.distance,
+        perturbation=proven.perturbation,
         confidence=best.confidence,
         price=best.price,
-        paid=best.choice.paid + (("the margin",) if isinstance(loss, Ramp) and loss.margin is None else ()),
-        head_bound=best.choice.head_bound,
+        paid=proven.choice.paid + (("the margin",) if isinstance(loss, Ramp) and loss.margin is None else ()),
+        head_bound=proven.choice.head_bound,
+        head_bias=proven.choice.head_bias,
         gap_log10=to_log10(best.gap_log),
-        loss_range=best.loss.largest(sample.scores.classes),
-        layers=_layers(case, best.choice, best.loss, measured),
-        comparison=(*comparison, *(relabelled[b] for b in best.bounds)),
-        checks=checklist(mode, sample, best.choice, measured, facts or Facts()),
+        loss_range=proven.loss.largest(sample.scores.classes),
+        layers=_layers(case, proven.choice, proven.loss, measured),
+        comparison=(*comparison, *proven.all),
+        checks=checklist(mode, sample, proven.choice, measured, facts or Facts()),
     )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What one class and one loss come to."""
+
+    bounds: Bounds
+    empirical: float
+    price: float
+    confidence: float
+
+    @property
+    def gap_log(self) -> float:
+        complexity = self.bounds.complexity.log10 * math.log(10)
+        return log_sum((math.log(2) + complexity, log(self.confidence)))
+
+    @property
+    def total_log(self) -> float:
+        return log_sum((log(self.empirical), self.gap_log))
 
 
 def _is_body(name: str, head: str) -> bool:
@@ -280,108 +322,7 @@ def _options(loss: Loss) -> list[tuple[Loss, float]]:
     return [(loss, 0.0)]
 
 
-@dataclass(frozen=True)
-class _Found:
-    choice: NetworkClass
-    loss: Loss
-    empirical: float
-    price: float
-    product: Bound
-    distance: Bound
-    perturbation: Bound | None
-    confidence: float
-
-    @property
-    def bounds(self) -> list[Bound]:
-        return [bound for bound in (self.product, self.distance, self.perturbation) if bound is not None]
-
-    @property
-    def gap_log(self) -> float:
-        complexity = min(self.product.log10, self.distance.log10) * math.log(10)
-        return log_sum((math.log(2) + complexity, log(self.confidence)))
-
-    @property
-    def total_log(self) -> float:
-        return log_sum((log(self.empirical), self.gap_log))
-
-
-@dataclass(frozen=True)
-class _Case:
-    """A network and its sample: everything that does not depend on the class."""
-
-    network: Network
-    sample: Sample
-    delta: float
-    input_bound: float | None
-
-    @property
-    def log_features(self) -> dict[int, float]:
-        """``log A_in`` by position of the linear map."""
-        return {index: self.sample.log_features[node.call] for index, node in self.network.linears.items()}
-
-    def moved(self, balls: Mapping[int, Ball]) -> calculus.Tail:
-        """The pair (v, a) of what has moved of the features."""
-        return walk(self.network, Distance(balls, self.log_features, self.sample.size))
-
-    def product(self, balls: Mapping[int, Ball]) -> calculus.Tail:
-        """The pair (v, a) of the features, the head's constant one of the bias beside them."""
-        tail = walk(self.network, Product(balls, self.sample.log_input, self.sample.size))
-        return calculus.concat((tail, self._constant)) if self.network.head.bias else tail
-
-    @property
-    def frozen(self) -> calculus.Tail:
-        """The pair (v, a) of the frozen features, the constant one of the head's bias among them."""
-        head, log_size = self.network.head, self.sample.log_features[self.network.head.call]
-        if head.bias is None:
-            return calculus.sub_gaussian(log_size, head.fan_in)
-        return calculus.sub_gaussian(max(log_size, 0.5 * math.log(self.sample.size)), head.fan_in + 1)
-
-    @property
-    def _constant(self) -> calculus.Tail:
-        return calculus.sub_gaussian(0.5 * math.log(self.sample.size), 1)
-
-    def complexity(self, tail: calculus.Tail, choice: NetworkClass, loss: Loss) -> float:
-        """``log`` of the complexity that a pair (v, a) of the head's input makes."""
-        scores = self.sample.scores
-        return certificate.head_complexity(
-            tail.log_expectation, choice.head_bound, self.sample.size, scores.classes, loss.lipschitz
-        )
-
-    def distance(self, balls: Mapping[int, Ball], choice: NetworkClass, loss: Loss) -> float:
-        """``log`` of the distance bound, frozen part included."""
-        tails = (self.frozen, self.moved(balls))
-        return log_sum(self.complexity(tail, choice, loss) for tail in tails)
-
-    def bounds(self, choice: NetworkClass, loss: Loss, price: float) -> _Found:
-        """All bounds of one class and one loss."""
-        frozen = self.complexity(self.frozen, choice, loss)
-        moved = self.complexity(self.moved(choice.balls), choice, loss)
-        product = self.complexity(self.product(choice.balls), choice, loss)
-        perturbation = None
-        if self.input_bound is not None:
-            most = walk(self.network, Perturbation(choice.balls, self.input_bound))
-            shift = math.log(loss.sup_lipschitz) + math.log(choice.head_bound) + most.log_shift
-            perturbation = _sum("perturbation bound", frozen, shift)
-        price += choice.price
-        largest = loss.largest(self.sample.scores.classes)
-        return _Found(
-            choice,
-            loss,
-            loss.mean(self.sample.scores),
-            price,
-            Bound("product bound", to_log10(product), "certificate"),
-            _sum("distance bound", frozen, moved),
-            perturbation,
-            certificate.confidence(self.sample.size, self.delta, largest, price=price),
-        )
-
-
-def _sum(name: str, frozen: float, moved: float) -> Bound:
-    parts = (("frozen", to_log10(frozen)), ("moved", to_log10(moved)))
-    return Bound(name, to_log10(log_sum((frozen, moved))), "certificate", parts=parts)
-
-
-def _layers(case: _Case, choice: NetworkClass, loss: Loss, measured: Mapping[int, Measured]) -> tuple[LayerReport, ...]:
+def _layers(case: Case, choice: NetworkClass, loss: Loss, measured: Mapping[int, Measured]) -> tuple[LayerReport, ...]:
     """Contributions and elasticities (docs/theory.md)."""
     balls, linears = choice.balls, case.network.linears
     ratios = {index: ball.distance / ball.bound if ball.bound else 0.0 for index, ball in balls.items()}
@@ -416,53 +357,6 @@ def _layers(case: _Case, choice: NetworkClass, loss: Loss, measured: Mapping[int
             )
         )
     return tuple(reports)
-
-
-def _compare(
-    case: _Case, best: _Found, state: Mapping[str, Tensor], reference: Mapping[str, Tensor]
-) -> tuple[Bound, ...]:
-    """The printed bounds: Theorem 2 of the class, the others of the distances measured in their own norms."""
-    network, sample, loss = case.network, case.sample, best.loss
-    norms: list[tuple[OperatorNorms, OperatorNorms]] = []
-    parameters = 0
-    for node in network.linears.values():
-        weight, bias = node.folded(state)
-        weight0, _ = node.folded(reference)
-        parameters += weight.numel() + (0 if bias is None else bias.numel())
-        moved = weight - weight0
-        del weight
-        norms.append((node.geometry.norms(weight0, "fast"), node.geometry.norms(moved, "fast")))
-    head, head_bias = network.head.folded(state)
-    parameters += head.numel() + (0 if head_bias is None else head_bias.numel())
-    size, total_classes, rho = sample.size, sample.scores.classes, loss.lipschitz
-    theorem2 = printed.theorem2(
-        [Layer(ball.bound, ball.distance) for ball in best.choice.balls.values()],
-        head_bound=best.choice.head_bound,
-        samples=size,
-        classes=total_classes,
-        input_dim=network.nodes[0].size,
-        input_bound=case.input_bound or sample.input_sup,
-        lipschitz=rho,
-    )
-    # The printed number of the class is a bound where it is above a proven one of that very class.
-    proven = theorem2.log10 >= min(best.product.log10, best.distance.log10)
-    theorem3 = printed.theorem3(
-        [Layer(a.frobenius + d.frobenius, d.frobenius) for a, d in norms],
-        head_bound=Dense().norms(head, "fast").frobenius or 1e-300,
-        samples=size,
-        classes=total_classes,
-        input_bound=sample.input_norm,
-        lipschitz=rho,
-    )
-    spectral = [Layer(a.spectral + d.spectral, d.spectral) for a, d in norms]
-    common = {"samples": size, "parameters": parameters, "input_bound": sample.input_norm, "lipschitz": rho}
-    two_one: Sequence[float] = [d.two_one for _, d in norms]
-    return (
-        replace(theorem2, is_upper_bound=True if proven else None),
-        replace(theorem3, is_upper_bound=None),
-        printed.bartlett(spectral, two_one_distances=two_one, **common),  # type: ignore[arg-type]
-        printed.long_sedghi(spectral, **common),  # type: ignore[arg-type]
-    )
 
 
 def _finite(value: Any) -> Any:

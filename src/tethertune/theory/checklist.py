@@ -76,7 +76,7 @@ def checklist(
         Check(
             "biases that moved are accounted for",
             "pass",
-            f"{moved} layers moved a bias or batch norm; the head's bias counts as one more weight",
+            f"{moved} layers moved a bias or batch norm; the head's bias is at most {choice.head_bias:.4g}",
         ),
         Check("every node of the network is covered by a proof", "pass", f"{len(measured)} linear maps and the head"),
         Check(

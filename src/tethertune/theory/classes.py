@@ -50,13 +50,15 @@ class NetworkClass:
 
     Attributes:
         balls: By position of the linear map.
-        head_bound: B_V, the largest row l1 norm of the head, its bias counted as one more weight.
+        head_bound: B_V, the largest row l1 norm of the head's weights.
+        head_bias: The largest absolute value of an entry of the head's bias.
         price: Nats paid for what was chosen on the sample.
         paid: What was paid for, in words.
     """
 
     balls: Mapping[int, Ball]
     head_bound: float
+    head_bias: float
     price: float
     paid: tuple[str, ...]
 
@@ -134,7 +136,9 @@ def choose(
         reference: The reference's tensors.
         mode: ``declared``, ``grid`` or ``measured``. In ``declared`` mode what has no declared radius is on the grid.
         sharing: One grid index for all layers, or one for each.
-        radii: Declared radii by the weight's name; that of the head is measured from 0.
+        radii: Declared radii by the weight's name; that of the head is measured from 0, as is that of the head's bias,
+            under its own name: the largest absolute value of its entries. A bias with a radius of 0 is declared in
+            ``grid`` mode too.
         norm: The norm of the radii: ``mars``, or ``frobenius`` (of the kernel).
         affine: ``frozen``: biases and batch norm were held at the reference, by declaration.
         frozen: Names or patterns of layers that were held at the reference, by declaration.
@@ -169,13 +173,12 @@ def choose(
         if rest and mode != "measured":
             values = purse.cover(f"{kind} of {len(rest)} layers", values, _scales(list(rest.values()), kind))
         known.update(zip(rest, values, strict=True))
-    radius = radii.get(network.head.weight or "", math.inf)
-    head = _head(network.head, state, purse, mode=mode, radius=radius, norm=norm)
+    head, head_bias = _head(network.head, state, purse, mode=mode, radii=radii, norm=norm)
     balls = {
         index: Ball(found.ball.reference, distances[index], shifts[index], found.ball.bias)
         for index, found in measured.items()
     }
-    return NetworkClass(balls, head, purse.total, tuple(purse.paid))
+    return NetworkClass(balls, head, head_bias, purse.total, tuple(purse.paid))
 
 
 def _check_frozen(node: Linear, found: Measured, *, held: bool, still: bool) -> None:
@@ -216,7 +219,7 @@ def _declared(node: Linear, found: Measured, radius: float, norm: str, reference
     """MARS radius of the folded map from the declared radius of its weight."""
     assert node.weight is not None
     weight = reference[node.weight]
-    _check_inside(node, found.kernel, radius, norm)
+    _check_inside(node.weight, found.kernel, radius, norm)
     scale = node.scale(reference)
     largest = 1.0 if scale is None else float(scale.abs().max())
     return largest * radius * _SLACK * _row_factor(node, weight, norm)
@@ -238,31 +241,39 @@ def _head(
     purse: _Purse,
     *,
     mode: Mode,
-    radius: float,
+    radii: Mapping[str, float],
     norm: Literal["mars", "frobenius"],
-) -> float:
-    """B_V: the declared ball of the weight, or the grid's; the bias, which is never declared, from the grid."""
+) -> tuple[float, float]:
+    """B_V and the bound of the bias: each its declared ball's, or the grid's."""
     assert head.weight is not None
     weight, bias = head.folded(state)
-    sizes = weight.abs().sum(1)
-    rows = sizes if bias is None else sizes + bias.abs()
+    rows = float(weight.abs().sum(1).max())
+    highest = 0.0 if bias is None else float(bias.abs().max())
     if mode == "measured":
-        return float(rows.max())
+        return rows, highest
+    radius = radii.get(head.weight, math.inf)
     if mode == "grid" or not math.isfinite(radius):
-        return purse.cover("the head's norm", [float(rows.max())], [1.0])[0]
-    if radius <= 0:
-        raise ConfigurationError(f"The declared radius of the head is {radius}: it must be above 0.")
-    _check_inside(head, float(weight.norm() if norm == "frobenius" else sizes.max()), radius, norm)
-    bound = radius * _SLACK * _row_factor(head, weight, norm)
-    return bound if bias is None else bound + purse.cover("the head's bias", [float(bias.abs().max())], [1.0])[0]
+        bound = purse.cover("the head's norm", [rows], [1.0])[0]
+    else:
+        if radius <= 0:
+            raise ConfigurationError(f"The declared radius of the head is {radius}: it must be above 0.")
+        _check_inside(head.weight, float(weight.norm()) if norm == "frobenius" else rows, radius, norm)
+        bound = radius * _SLACK * _row_factor(head, weight, norm)
+    if head.bias is None:
+        return bound, 0.0
+    radius = radii.get(head.bias, math.inf)
+    if radius == 0 or (mode == "declared" and math.isfinite(radius)):
+        _check_inside(head.bias, highest, radius, norm)
+        return bound, radius * _SLACK
+    return bound, purse.cover("the head's bias", [highest], [1.0])[0]
 
 
-def _check_inside(node: Linear, distance: float, radius: float, norm: str) -> None:
+def _check_inside(name: str, distance: float, radius: float, norm: str) -> None:
     if radius < 0:
-        raise ConfigurationError(f"The declared radius of {node.weight} is {radius}: it must be 0 or more.")
+        raise ConfigurationError(f"The declared radius of {name} is {radius}: it must be 0 or more.")
     if distance > radius * _SLACK:
         raise ConfigurationError(
-            f"{node.weight} is at {norm} distance {distance:.6g}, outside of its declared radius {radius:.6g}: the"
+            f"{name} is at {norm} distance {distance:.6g}, outside of its declared radius {radius:.6g}: the"
             " network is not of the declared class. Use mode='grid'."
         )
 
@@ -280,9 +291,12 @@ def _matches(node: Linear, patterns: Collection[str]) -> bool:
 def _check_names(network: Network, radii: Mapping[str, float], frozen: Collection[str]) -> None:
     nodes = [*network.linears.values(), network.head]
     weights = {node.weight for node in nodes if node.weight}
+    holds = weights | ({network.head.bias} if network.head.bias else set())
     for name in radii:
-        if name not in weights:
-            raise PatternError(f"radii has {name!r}, which is no layer's weight.{did_you_mean(name, weights)}")
+        if name not in holds:
+            raise PatternError(
+                f"radii has {name!r}, which is no layer's weight, nor the head's bias.{did_you_mean(name, holds)}"
+            )
     for pattern in frozen:
         if not any(_matches(node, [pattern]) for node in nodes):
             raise PatternError(f"frozen={pattern!r} matches no layer.{did_you_mean(pattern, weights)}")

@@ -11,6 +11,7 @@ leave out the head: append ``Layer(B_V, B_V)`` to include it.
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from tethertune.errors import ConfigurationError
 from tethertune.theory import certificate
@@ -59,7 +60,7 @@ def theorem2(
         input_bound=input_bound,
         lipschitz=lipschitz,
     )
-    return _printed("Theorem 2 (as printed)", value, proven)
+    return _printed("Theorem 2 (as printed)", value, proven=proven)
 
 
 def theorem3(
@@ -97,7 +98,7 @@ def theorem3(
         input_bound=input_bound,
         lipschitz=lipschitz,
     )
-    return _printed("Theorem 3 (as printed)", value, proven)
+    return _printed("Theorem 3 (as printed)", value, proven=proven)
 
 
 def bartlett(
@@ -109,7 +110,7 @@ def bartlett(
     two_one_distances: Sequence[float],
     lipschitz: float = 1.0,
 ) -> Bound:
-    r"""Equation 6 (Bartlett, Foster and Telgarsky 2017) as the paper prints it, constants dropped.
+    r"""Equation 6 (Bartlett, Foster and Telgarsky 2017) as the paper prints it: the gap, constants dropped.
 
     .. math:: \frac{\ln n}{\sqrt m} \rho C_2
        \Big(\sum_j (D^{2,1}_j / B_j)^{2/3}\Big)^{3/2} \prod_j B_j
@@ -129,7 +130,7 @@ def bartlett(
     if len(two_one_distances) != len(layers):
         raise ConfigurationError(f"{len(two_one_distances)} two_one_distances given for {len(layers)} layers.")
     value = log(math.log(parameters)) - 0.5 * math.log(samples) + math.log(lipschitz) + math.log(input_bound)
-    return _printed("Eq. 6, Bartlett et al. (as printed)", value + bartlett_sum(layers, two_one_distances))
+    return _printed("Eq. 6, Bartlett et al. (as printed)", value + bartlett_sum(layers, two_one_distances), "gap")
 
 
 def bartlett_sum(layers: Sequence[Layer], two_one_distances: Sequence[float]) -> float:
@@ -146,7 +147,7 @@ def bartlett_sum(layers: Sequence[Layer], two_one_distances: Sequence[float]) ->
 def long_sedghi(
     layers: Sequence[Layer], *, samples: int, parameters: int, input_bound: float, lipschitz: float = 1.0
 ) -> Bound:
-    r"""Equation 7 (Long and Sedghi 2019) as the paper prints it, constants dropped.
+    r"""Equation 7 (Long and Sedghi 2019) as the paper prints it: the gap, constants dropped.
 
     .. math:: \sqrt{n / m}\, \rho C_2 \Big(\sum_j D_j\Big) \prod_j B_j
 
@@ -163,9 +164,8 @@ def long_sedghi(
     positive(samples=samples, parameters=parameters, input_bound=input_bound, lipschitz=lipschitz)
     value = 0.5 * math.log(parameters / samples) + math.log(lipschitz) + math.log(input_bound)
     total = log_sum(log(layer.distance) for layer in layers)
-    return _printed(
-        "Eq. 7, Long and Sedghi (as printed)", value + total + math.fsum(log(layer.bound) for layer in layers)
-    )
+    value += total + math.fsum(log(layer.bound) for layer in layers)
+    return _printed("Eq. 7, Long and Sedghi (as printed)", value, "gap")
 
 
 def _ratios_times_product(layers: Sequence[Layer]) -> float:
@@ -176,6 +176,9 @@ def _ratios_times_product(layers: Sequence[Layer]) -> float:
     )
 
 
-def _printed(name: str, value: float, proven: Bound | None = None) -> Bound:
+def _printed(
+    name: str, value: float, about: Literal["complexity", "gap"] = "complexity", proven: Bound | None = None
+) -> Bound:
     log10 = to_log10(value)
-    return Bound(name, log10, "printed", True if proven is not None and log10 >= proven.log10 else None)
+    above = proven is not None and log10 >= proven.log10
+    return Bound(name, log10, "printed", True if above else None, about)

@@ -32,7 +32,7 @@ FOREMOST = ("head", "lr", "head_lr")
 
 _DEFAULTS = {item.name: item.default for item in fields(FinetuneConfig) if item.default is not MISSING}
 _STRENGTHS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.accepts))
-_VARIANTS = ("projection", "convention", "affine", "include", "exclude", "attention")
+_VARIANTS = ("projection", "convention", "affine", "head_bias", "include", "exclude", "attention")
 _METHOD = ("method", *_STRENGTHS, *_VARIANTS)
 _BYSTANDERS = tuple(item.name for item in fields(FinetuneConfig) if not item.metadata.get("identity", True))
 _PREFIX = len("sha256:") + 12  # of a fingerprint, enough to tell two apart
