@@ -29,18 +29,21 @@ if TYPE_CHECKING:
 __all__ = ["app", "run"]
 
 PANELS = {
-    "Model": ("model", "weights", "head", "size", "bn"),
-    "Data": ("data", "per_class", "augment", "cache"),
+    "Model": ("model", "weights", "head", "size", "interpolation", "resize", "scaling", "bn"),
+    "Data": (
+        *("data", "per_class", "validation_per_class", "test_per_class", "label_noise", "train_on", "augment", "cache"),
+    ),
     "Method": (
         *("method", "radius", "relative_radius", "head_radius", "strength", "head_strength"),
         *("projection", "convention", "affine", "head_bias", "include", "exclude", "attention"),
     ),
     "Training": (
         *("epochs", "batch_size", "accumulate", "optimizer", "lr", "head_lr", "weight_decay", "schedule"),
-        *("label_smoothing", "eval_every", "seed"),
+        *("label_smoothing", "drop_last", "eval_every", "gradients", "seed"),
     ),
+    "Forgetting": ("retain", "retain_size", "keep"),
     "Speed": ("precision", "channels_last", "compile", "threads"),
-    "Output": ("output", "checkpoint_every"),
+    "Output": ("task", "output", "checkpoint_every"),
 }
 """The panels of ``tethertune finetune --help``, and the configuration keys shown in each."""
 

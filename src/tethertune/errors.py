@@ -11,7 +11,8 @@
     ├── NonFiniteWeightError                a row holds a NaN or an infinity
     ├── CheckpointError                     a file is not a readable checkpoint
     ├── DataError                           an image, a class folder or a split cannot be used
-    ├── RunError                            a run folder is busy, of another run, or cannot be written
+    ├── RunError                            a run folder is of another run, or cannot be read or written
+    │   └── RunInUseError                   another process holds it
     └── MissingExtraError (ImportError)     an optional dependency is not installed
 
 Each message says what was given, what is allowed and what to do.
@@ -30,6 +31,7 @@ __all__ = [
     "PatternError",
     "ReferenceMismatchError",
     "RunError",
+    "RunInUseError",
     "TethertuneError",
 ]
 
@@ -68,6 +70,10 @@ class DataError(TethertuneError):
 
 class RunError(TethertuneError):
     """A run folder is in use, belongs to another run, or cannot be written."""
+
+
+class RunInUseError(RunError):
+    """Another process holds the run folder; the system frees it when that process ends, however it ends."""
 
 
 class MissingExtraError(TethertuneError, ImportError):

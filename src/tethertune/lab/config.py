@@ -125,8 +125,32 @@ class FinetuneConfig:
     size: int | None = None
     """Side of the images in pixels, 16 or more. Not given: the model's own."""
 
+    interpolation: str | None = None
+    """How images are resized: bilinear, bicubic, nearest, ... Not given: as the model's own configuration says."""
+
+    resize: Literal["crop", "stretch"] = "crop"
+    """How a picture becomes a square: crop cuts out its middle, stretch gives up its proportions (the authors)."""
+
+    scaling: Literal["model", "raw"] = "model"
+    """Values of the input: model (its own mean and standard deviation) or raw (0 to 255 as they are, the authors)."""
+
     per_class: int | None = None
     """Training images kept of each class, 1 or more, chosen by the seed. Not given: all."""
+
+    validation_per_class: int | None = None
+    """Validation images kept of each class, 1 or more, the same for every seed. Not given: all."""
+
+    test_per_class: int | None = None
+    """Test images kept of each class, 1 or more, the same for every seed. Not given: all."""
+
+    label_noise: float = 0.0
+    """Share of the training labels that are replaced by another class, chosen by the seed, from 0 to below 1."""
+
+    train_on: Literal["train", "train+validation"] = "train"
+    """What weights are fitted to; with train+validation, validation figures are of images that were trained on."""
+
+    drop_last: bool = False
+    """Leave out a last batch that is not full, in training and in every evaluation (as the authors)."""
 
     augment: bool = False
     """Random resized crops and flips of the training images."""
@@ -134,14 +158,29 @@ class FinetuneConfig:
     eval_every: int = 1
     """Epochs between evaluations on the validation images, 1 or more; the last epoch is always evaluated."""
 
+    gradients: bool = False
+    """Measure, at every evaluation, the gradient of the loss over all training images: of the data, of the penalty."""
+
+    retain: str | None = None
+    """A folder of any unlabelled images: measure how many of the pre-trained network's answers on them stay."""
+
+    retain_size: int | None = None
+    """Side of those images in pixels, 16 or more. Not given: the size that the network was published for."""
+
+    keep: float | None = None
+    """End with the largest interpolation towards the reference that keeps this share of the answers, from 0 to 1."""
+
     seed: int = 0
     """Seed of the subset, the head, the order and everything else random, from 0 to 2^32 - 1."""
 
     threads: int | None = field(default=None, metadata=_BYSTANDER)
     """CPU threads of this process, 1 or more; results repeat bit for bit only with the same number."""
 
+    task: str | None = field(default=None, metadata=_BYSTANDER)
+    """Name of the task in reports and in the run folder. Not given: that of the data."""
+
     output: str = field(default="runs", metadata=_BYSTANDER)
-    """Folder that the run folder is made in: OUTPUT/DATA/MODEL/METHOD/seed-N-HASH."""
+    """Folder that the run folder is made in: OUTPUT/TASK/MODEL/METHOD/seed-N-HASH."""
 
     cache: str | None = field(default=None, metadata=_BYSTANDER)
     """Folder of decoded images, shared by runs. Not given: tethertune in the user's cache folder."""
@@ -297,9 +336,13 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(("radius", "relative_radius", "head_radius"), _RADIUS),
     **dict.fromkeys(("strength", "head_strength", "weight_decay", "checkpoint_every"), _FACTOR),
     **dict.fromkeys(("lr", "head_lr"), _RATE),
-    **dict.fromkeys(("epochs", "batch_size", "accumulate", "per_class", "eval_every", "threads"), _COUNT),
-    "size": (lambda value: value >= 16, "images have 16 pixels a side or more"),
-    "label_smoothing": (lambda value: 0 <= value < 1, "use a number from 0 to below 1"),
+    **dict.fromkeys(("epochs", "batch_size", "accumulate", "eval_every", "threads"), _COUNT),
+    **dict.fromkeys(("per_class", "validation_per_class", "test_per_class"), _COUNT),
+    **dict.fromkeys(("size", "retain_size"), (lambda value: value >= 16, "images have 16 pixels a side or more")),
+    **dict.fromkeys(
+        ("label_smoothing", "label_noise"), (lambda value: 0 <= value < 1, "use a number from 0 to below 1")
+    ),
+    "keep": (lambda value: 0 <= value <= 1, "use a share from 0 to 1"),
     "seed": (lambda value: 0 <= value < 2**32, f"use a whole number from 0 to {2**32 - 1}"),
 }
 """The numbers that each field allows, written so that NaN fails, and what to do otherwise."""
@@ -321,6 +364,10 @@ def _combination_faults(config: FinetuneConfig) -> Iterator[str]:
             yield f"{_quote(item.name, value)} goes with --method {takers}, not with {config.method}: leave it out."
     if config.radius is not None and config.relative_radius is not None:
         yield f"{_quote('radius', config.radius)} and {_quote('relative_radius', config.relative_radius)}: give one."
+    for key in ("keep", "retain_size"):
+        value = getattr(config, key)
+        if value is not None and config.retain is None:
+            yield f"{_quote(key, value)} goes with --retain FOLDER: give that too, or leave it out."
 
 
 def _methods(*kinds: str) -> tuple[str, ...]:

@@ -42,9 +42,13 @@ class Regulariser:
     def loss(self, images: Tensor) -> Tensor | None:
         """What is added to the loss of the batch that has just passed through the model, 0-d, if anything."""
 
+    def weight_penalty(self) -> Tensor | None:
+        """The penalty on the weights as they are now, 0-d and differentiable, where its gradient is added directly."""
+
     def value(self) -> float:
-        """The penalty on the weights as they are now."""
-        return 0.0
+        """The number that :meth:`weight_penalty` is."""
+        penalty = self.weight_penalty()
+        return 0.0 if penalty is None else penalty.item()
 
     def at_radius(self) -> float | None:
         """The share of constrained rows that are at their radius; ``None`` where nothing is constrained."""
@@ -135,9 +139,9 @@ class WeightPenalty(Regulariser):
         """Add the gradient before each step."""
         self.penalty.attach(optimizer)
 
-    def value(self) -> float:
+    def weight_penalty(self) -> Tensor:
         """The penalty on the weights as they are now."""
-        return self.penalty().item()
+        return self.penalty()
 
     def state_dict(self) -> dict[str, Any]:
         """The penalty's."""

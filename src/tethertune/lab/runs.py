@@ -2,7 +2,7 @@
 
 ::
 
-    runs/<data>/<model>/<method>/seed-<n>-<hash>/
+    runs/<task>/<model>/<method>/seed-<n>-<hash>/
         run.json            configuration, versions, machine, data, model, outcome
         metrics.jsonl       one line an epoch
         distances.json      how far each layer moved
@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from tethertune.errors import RunError, TethertuneError
+from tethertune.errors import RunError, RunInUseError, TethertuneError
 from tethertune.lab import files
 from tethertune.lab.config import FinetuneConfig
 
@@ -116,7 +116,7 @@ class RunFolder:
         self.config = config
         self.path = (
             Path(config.output)
-            / _slug(config.data)
+            / _slug(config.task or config.data)
             / _slug(config.model)
             / config.method
             / f"seed-{config.seed}-{config.hash}"
@@ -148,7 +148,8 @@ class RunFolder:
             fresh: Delete the run that is there and start anew.
 
         Raises:
-            RunError: Another process holds the folder, it belongs to another configuration, or it cannot be written.
+            RunInUseError: Another process holds the folder.
+            RunError: It belongs to another configuration, or it cannot be written.
         """
         with self._told_plainly():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -288,7 +289,7 @@ def _lock(folder: Path) -> TextIO:
     """Lock a folder by a file in it; the system unlocks it when this process ends, however it ends.
 
     Raises:
-        RunError: Another process holds the lock.
+        RunInUseError: Another process holds the lock.
     """
     path = folder / _LOCK
     while True:
@@ -299,7 +300,9 @@ def _lock(folder: Path) -> TextIO:
             lock.seek(0)
             owner = lock.read().strip() or "another process"
             lock.close()
-            raise RunError(f"{folder} is in use by {owner}: wait for it, or give another --seed or --output.") from None
+            raise RunInUseError(
+                f"{folder} is in use by {owner}: wait for it, or give another --seed or --output."
+            ) from None
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 break

@@ -10,9 +10,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from tethertune.lab.attention import MOST_IMAGES
 from tethertune.lab.batches import augment, batches, normalise
 from tethertune.lab.config import FinetuneConfig
 from tethertune.lab.display import Display
+from tethertune.lab.gradients import gradient_norms
 from tethertune.lab.methods import METHODS
 from tethertune.lab.runs import Run, RunFolder, load
 from tethertune.reference import Reference
@@ -43,7 +44,14 @@ _EVALUATION_BATCH = 64
 _SUMS = ("loss", "correct", "penalty", "gradient_norm")
 
 
-def finetune(config: FinetuneConfig, *, fresh: bool = False, quiet: bool = False) -> Run:
+def finetune(
+    config: FinetuneConfig,
+    *,
+    fresh: bool = False,
+    quiet: bool = False,
+    part: Mapping[str, Any] | None = None,
+    on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
+) -> Run:
     """Fine-tune a network as configured; resume the run if it was begun, and skip it if it is complete.
 
     Under ``torchrun`` every process calls this; each takes a share of every batch, and the first one writes.
@@ -52,6 +60,9 @@ def finetune(config: FinetuneConfig, *, fresh: bool = False, quiet: bool = False
         config: The run.
         fresh: Delete what an earlier run of this configuration left, and start anew.
         quiet: Show no progress.
+        part: What the run is a part of, kept as ``part`` in ``run.json``; a run without is a result by itself. One of
+            kind ``"trial"``, which only serves to choose a setting, is not tested and leaves no weights.
+        on_epoch: Called with each line of metrics; what it raises ends the run, which can be resumed.
 
     Returns:
         The complete run.
@@ -66,7 +77,7 @@ def finetune(config: FinetuneConfig, *, fresh: bool = False, quiet: bool = False
     folder = RunFolder(config)
     if fresh or folder.status() != "complete":
         with _reproducible(config.threads):
-            training = Training(config, _accelerator(config.precision))
+            training = Training(config, _accelerator(config.precision), part, on_epoch)
             training.run(folder, fresh=fresh, quiet=quiet)
     elif folder.has_leftovers():  # it was killed after its last file, before tidying up
         with suppress(RunError), folder.own():
@@ -101,11 +112,21 @@ class Training:
     Args:
         config: The run.
         accelerator: The device, the precision and the processes.
+        part: What the run is a part of; see :func:`finetune`.
+        on_epoch: Called with each line of metrics.
     """
 
-    def __init__(self, config: FinetuneConfig, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        accelerator: Accelerator,
+        part: Mapping[str, Any] | None = None,
+        on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> None:
         self.config = config
         self.accelerator = accelerator
+        self.part = None if part is None else dict(part)
+        self.on_epoch = on_epoch
         self.loaded, self.dataset = _inputs(config)
         self.network: nn.Module = self.loaded.model.to(accelerator.device)
         if config.channels_last:
@@ -153,7 +174,13 @@ class Training:
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps in an epoch; the last one may see fewer images."""
-        return math.ceil(len(self.dataset.train) / (self.config.batch_size * self.config.accumulate))
+        return math.ceil(self.images_per_epoch / (self.config.batch_size * self.config.accumulate))
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Training images that an epoch passes: all, but for those of a last batch that is dropped."""
+        images, step = len(self.dataset.train), self.config.batch_size * self.config.accumulate
+        return images - images % step if self.config.drop_last else images
 
     def _epoch(self, folder: RunFolder, display: Display) -> None:
         """The steps of the current epoch that are still to be done, then its line of metrics."""
@@ -164,6 +191,7 @@ class Training:
             self.config.batch_size * self.config.accumulate,
             shuffle_seed=(self.config.seed, progress.epoch),
             start=progress.step - progress.epoch * self.steps_per_epoch,
+            drop_last=self.config.drop_last,
         )
         for indices in steps:
             self._step(indices)
@@ -180,6 +208,8 @@ class Training:
             folder.write_metrics(progress.metrics)
         display.epoch(line, self.config.epochs)
         self._save_when_due(folder, epoch_ended=True)
+        if self.on_epoch is not None:
+            self.on_epoch(line)
 
     def _train_mode(self) -> None:
         self.model.train()
@@ -261,14 +291,37 @@ class Training:
         """Mean loss and accuracy on a split, shared among the processes."""
         self.network.eval()
         total = torch.zeros(2, dtype=self.sums["loss"].dtype, device=self.accelerator.device)
-        mine = torch.arange(len(split))[self.accelerator.process_index :: self.accelerator.num_processes]
-        for batch in torch.split(mine, max(_EVALUATION_BATCH, self.config.batch_size)):
-            images, labels = self._load(split, batch)
+        seen = self._evaluated(split)
+        for images, labels in self._share(split, seen):
             logits = self.network(images)
             total[0] += cross_entropy(logits, labels, reduction="sum")
             total[1] += (logits.argmax(dim=1) == labels).sum()
         loss, correct = self.accelerator.reduce(total).tolist()
-        return loss / len(split), correct / len(split)
+        return loss / len(seen), correct / len(seen)
+
+    def _evaluated(self, split: data.Split) -> Tensor:
+        """The images of a split that an evaluation sees: all, or, as in the authors' code, those of full batches."""
+        if not self.config.drop_last:
+            return torch.arange(len(split))
+        order = batches(split, self.config.batch_size, shuffle_seed=(self.config.seed, 0), drop_last=True)
+        return torch.cat(list(order)).sort().values
+
+    def _share(self, split: data.Split, indices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of images and labels for an evaluation: this process's share of some images of a split."""
+        mine = indices[self.accelerator.process_index :: self.accelerator.num_processes]
+        for batch in torch.split(mine, max(_EVALUATION_BATCH, self.config.batch_size)):
+            yield self._load(split, batch)
+
+    def _gradients(self) -> dict[str, float]:
+        """The parts of the gradient over all training images."""
+        return gradient_norms(
+            self.network,
+            self.regulariser,
+            self._share(self.dataset.train, torch.arange(len(self.dataset.train))),
+            len(self.dataset.train),
+            label_smoothing=self.config.label_smoothing,
+            reduce=self.accelerator.reduce,
+        )
 
     def _line(self) -> dict[str, Any]:
         """The line of ``metrics.jsonl`` of the epoch whose last step is done."""
@@ -283,6 +336,7 @@ class Training:
         evaluates = progress.epoch + 1 == config.epochs or (progress.epoch + 1) % config.eval_every == 0
         validation_loss, validation_accuracy = self._evaluate(self.dataset.validation) if evaluates else (None, None)
         lr, head_lr = (group["lr"] for group in self.optimizer.param_groups)
+        gradients = self._gradients() if evaluates and config.gradients else {}
         return {
             "epoch": progress.epoch + 1,
             "step": progress.step,
@@ -294,8 +348,9 @@ class Training:
             "validation_loss": validation_loss,
             "validation_accuracy": validation_accuracy,
             "gradient_norm": means["gradient_norm"],
+            **gradients,
             "seconds": self._seconds() - progress.epoch_began,
-            "images_per_second": len(self.dataset.train) / training_seconds,
+            "images_per_second": self.images_per_epoch / training_seconds,
             "at_radius": self.regulariser.at_radius(),
             "distance": _quantiles([moved.mars for moved in self._distances().values() if moved.role == "body"]),
         }
@@ -303,14 +358,14 @@ class Training:
     def _means(self) -> dict[str, float]:
         """The sums over the epoch and all processes by image; that of the gradient's norm, equal on all, by step."""
         totals = self.accelerator.reduce(torch.stack(list(self.sums.values()))).tolist()
-        means = {name: total / len(self.dataset.train) for name, total in zip(self.sums, totals, strict=True)}
+        means = {name: total / self.images_per_epoch for name, total in zip(self.sums, totals, strict=True)}
         means["gradient_norm"] = self.sums["gradient_norm"].item() / self.steps_per_epoch
         return means
 
     def _figures(self) -> str:
         """What the progress bar shows in the middle of an epoch; waits for the device."""
         done = self.progress.step - self.progress.epoch * self.steps_per_epoch
-        seen = min(done * self.config.batch_size * self.config.accumulate, len(self.dataset.train))
+        seen = min(done * self.config.batch_size * self.config.accumulate, self.images_per_epoch)
         mine = seen / self.accelerator.num_processes
         speed = seen / (self._seconds() - self.progress.epoch_began)
         loss, correct = torch.stack([self.sums["loss"], self.sums["correct"]]).tolist()
@@ -396,31 +451,34 @@ class Training:
 
     def _finish(self, folder: RunFolder) -> None:
         """Test, and write all that a complete run holds; ``run.json`` says so last."""
-        test_loss, test_accuracy = self._evaluate(self.dataset.test)
+        is_trial = self.part is not None and self.part["kind"] == "trial"
+        test_loss, test_accuracy = (None, None) if is_trial else self._evaluate(self.dataset.test)
         if not self.accelerator.is_main_process:
             return
         self._tick()
         progress = self.progress
         final = progress.metrics[-1]
-        training_seconds = sum(len(self.dataset.train) / line["images_per_second"] for line in progress.metrics)
+        training_seconds = sum(self.images_per_epoch / line["images_per_second"] for line in progress.metrics)
         info = self._info("complete")
         info["outcome"] = {
             "test_accuracy": test_accuracy,
             "test_loss": test_loss,
             "validation_accuracy": final["validation_accuracy"],
+            "validation_loss": final["validation_loss"],
             "train_accuracy": final["accuracy"],
             "epochs": progress.epoch,
             "steps": progress.step,
             "seconds": progress.seconds,
-            "images_per_second": progress.epoch * len(self.dataset.train) / training_seconds,
+            "images_per_second": progress.epoch * self.images_per_epoch / training_seconds,
             "peak_memory_bytes": progress.peak_memory,
             "at_radius": final["at_radius"],
         }
         layers = self._layers()
         folder.write_metrics(progress.metrics)
         folder.write_distances(layers)
-        folder.write_weights(self.network.state_dict(), self._metadata())
-        folder.write_card(card.write(self.config, info, layers))
+        if not is_trial:
+            folder.write_weights(self.network.state_dict(), self._metadata())
+            folder.write_card(card.write(self.config, info, layers))
         folder.write_info(info)
         folder.drop_states()
 
@@ -432,6 +490,8 @@ class Training:
             "status": status,
             "hash": config.hash,
             "command": config.command(),
+            "task": config.task,
+            "part": self.part,
             "config": config.to_dict(),
             "versions": machine.versions(),
             "machine": machine.describe(self.accelerator.device) | {"processes": self.accelerator.num_processes},
@@ -504,16 +564,40 @@ def _inputs(config: FinetuneConfig) -> tuple[models.LoadedModel, data.Dataset]:
         weights=config.weights,
         seed=config.seed,
     )
+    loaded = replace(loaded, interpolation=config.interpolation or loaded.interpolation)
+    if config.scaling == "raw":  # (x / 255 - 0) / (1 / 255) = x
+        loaded = replace(loaded, mean=(0.0,) * 3, std=(1 / 255,) * 3)
     dataset = data.load(
         config.data,
         size=loaded.size,
         interpolation=loaded.interpolation,
         crop_fraction=loaded.crop,
+        resize=config.resize,
         per_class=config.per_class,
+        validation_per_class=config.validation_per_class,
+        test_per_class=config.test_per_class,
+        train_on=config.train_on,
+        label_noise=config.label_noise,
         seed=config.seed,
         cache=config.cache,
     )
+    _require_batches(config, dataset)
     return loaded, dataset
+
+
+def _require_batches(config: FinetuneConfig, dataset: data.Dataset) -> None:
+    """Check that dropping partial batches leaves one in every split.
+
+    Raises:
+        ConfigurationError: It does not.
+    """
+    for split, images in dataset.sizes.items():
+        batch = config.batch_size * (config.accumulate if split == "train" else 1)
+        if config.drop_last and images < batch:
+            raise ConfigurationError(
+                f"--drop-last leaves nothing of the {images} {split} images, fewer than a batch of {batch}: lower"
+                " --batch-size, or leave --drop-last out."
+            )
 
 
 def _groups(config: FinetuneConfig, network: nn.Module, head: str) -> list[dict[str, Any]]:
