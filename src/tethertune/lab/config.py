@@ -17,10 +17,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from tethertune.errors import ConfigurationError, did_you_mean
 from tethertune.lab.methods import METHODS
 
-__all__ = ["FinetuneConfig", "load_toml"]
+__all__ = ["COUNT", "SEED", "FinetuneConfig", "Range", "faults_of_fields", "load_toml", "make_plain"]
 
 _BYSTANDER = {"identity": False}
 """Marks a field that changes no result, only where, when or how fast it is made."""
+
+Range = tuple[Callable[[Any], bool], str]
+"""A test of a field's value, written so that NaN fails, and what to do when it fails."""
 
 
 @dataclass(frozen=True)
@@ -194,20 +197,11 @@ class FinetuneConfig:
         Raises:
             ConfigurationError: All faults, one a line.
         """
-        self._make_plain()
-        faults = [*_type_faults(self), *_range_faults(self), *_combination_faults(self)]
+        make_plain(self)
+        faults = [*faults_of_fields(self, _RANGES), *_combination_faults(self)]
         if faults:
             raise ConfigurationError("\n".join(faults))
         self._fill_in_defaults()
-
-    def _make_plain(self) -> None:
-        """Numbers of float fields become float, lists tuples, so that equal settings have equal identities."""
-        for item, kinds in _kinds():
-            value = getattr(self, item.name)
-            if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-                object.__setattr__(self, item.name, float(value))
-            elif isinstance(value, list):
-                object.__setattr__(self, item.name, tuple(value))
 
     def _fill_in_defaults(self) -> None:
         method = METHODS[self.method]
@@ -281,16 +275,38 @@ def load_toml(path: str | Path, overrides: Mapping[str, Any] | None = None) -> F
     return config
 
 
-def _kinds() -> Iterator[tuple[Field[Any], tuple[Any, ...]]]:
+def make_plain(config: Any) -> None:
+    """In a frozen dataclass of options, make float fields float and lists tuples, so that equal settings are equal."""
+    for item, kinds in _kinds(config):
+        value = getattr(config, item.name)
+        if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+            object.__setattr__(config, item.name, float(value))
+        elif isinstance(value, list | tuple):
+            plain = (float(x) if float in get_args(kinds[0]) and isinstance(x, int) else x for x in value)
+            object.__setattr__(config, item.name, tuple(plain))
+
+
+def faults_of_fields(config: Any, ranges: Mapping[str, Range]) -> Iterator[str]:
+    """What is wrong with the types and the numbers of a dataclass of options, a sentence each.
+
+    Args:
+        config: The dataclass.
+        ranges: The tests of those fields whose type does not say all.
+    """
+    yield from _type_faults(config)
+    yield from _range_faults(config, ranges)
+
+
+def _kinds(config: Any) -> Iterator[tuple[Field[Any], tuple[Any, ...]]]:
     """Each field with the types that its annotation allows, e.g. ``(float, NoneType)``."""
-    hints = get_type_hints(FinetuneConfig)
-    for item in fields(FinetuneConfig):
+    hints = get_type_hints(type(config))
+    for item in fields(config):
         hint = hints[item.name]
         yield item, get_args(hint) if isinstance(hint, UnionType) else (hint,)
 
 
-def _type_faults(config: FinetuneConfig) -> Iterator[str]:
-    for item, kinds in _kinds():
+def _type_faults(config: Any) -> Iterator[str]:
+    for item, kinds in _kinds(config):
         value = getattr(config, item.name)
         if not any(_fits(value, kind) for kind in kinds):
             yield f"{_quote(item.name, value)} is not allowed: {_wanted(kinds)}.{_suggest(value, kinds)}"
@@ -300,7 +316,9 @@ def _fits(value: object, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) is tuple:
-        return isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value)
+        first, *rest = get_args(kind)
+        length_fits = isinstance(value, (tuple, list)) and (rest == [...] or len(value) == 1 + len(rest))
+        return length_fits and all(_fits(item, first) for item in value)
     if kind in (int, float):
         return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     return isinstance(value, kind)
@@ -310,7 +328,7 @@ def _wanted(kinds: tuple[Any, ...]) -> str:
     if get_origin(kinds[0]) is Literal:
         return f"use {', '.join(get_args(kinds[0]))}"
     if get_origin(kinds[0]) is tuple:
-        return "use a list of name patterns"
+        return "use a list of name patterns" if get_args(kinds[0])[0] is str else "use two numbers"
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "nothing"}
     return f"use {' or '.join(names[kind] for kind in kinds)}"
 
@@ -319,11 +337,11 @@ def _suggest(value: object, kinds: tuple[Any, ...]) -> str:
     return did_you_mean(str(value), get_args(kinds[0])) if get_origin(kinds[0]) is Literal else ""
 
 
-def _range_faults(config: FinetuneConfig) -> Iterator[str]:
-    for item, kinds in _kinds():
+def _range_faults(config: Any, ranges: Mapping[str, Range]) -> Iterator[str]:
+    for item, kinds in _kinds(config):
         value = getattr(config, item.name)
-        if item.name in _RANGES and value is not None and any(_fits(value, kind) for kind in kinds):
-            allowed, advice = _RANGES[item.name]
+        if item.name in ranges and value is not None and any(_fits(value, kind) for kind in kinds):
+            allowed, advice = ranges[item.name]
             if not allowed(value):
                 yield f"{_quote(item.name, value)} is not allowed: {advice}."
 
@@ -331,19 +349,20 @@ def _range_faults(config: FinetuneConfig) -> Iterator[str]:
 _RADIUS = (lambda value: value >= 0, "a radius is 0 or more (inf leaves the layers free)")
 _FACTOR = (lambda value: 0 <= value < math.inf, "use a finite number, 0 or more")
 _RATE = (lambda value: 0 < value < math.inf, "use a finite number above 0")
-_COUNT = (lambda value: value >= 1, "use a whole number, 1 or more")
-_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+COUNT: Range = (lambda value: value >= 1, "use a whole number, 1 or more")
+SEED: Range = (lambda value: 0 <= value < 2**32, f"use a whole number from 0 to {2**32 - 1}")
+_RANGES: dict[str, Range] = {
     **dict.fromkeys(("radius", "relative_radius", "head_radius"), _RADIUS),
     **dict.fromkeys(("strength", "head_strength", "weight_decay", "checkpoint_every"), _FACTOR),
     **dict.fromkeys(("lr", "head_lr"), _RATE),
-    **dict.fromkeys(("epochs", "batch_size", "accumulate", "eval_every", "threads"), _COUNT),
-    **dict.fromkeys(("per_class", "validation_per_class", "test_per_class"), _COUNT),
+    **dict.fromkeys(("epochs", "batch_size", "accumulate", "eval_every", "threads"), COUNT),
+    **dict.fromkeys(("per_class", "validation_per_class", "test_per_class"), COUNT),
     **dict.fromkeys(("size", "retain_size"), (lambda value: value >= 16, "images have 16 pixels a side or more")),
     **dict.fromkeys(
         ("label_smoothing", "label_noise"), (lambda value: 0 <= value < 1, "use a number from 0 to below 1")
     ),
     "keep": (lambda value: 0 <= value <= 1, "use a share from 0 to 1"),
-    "seed": (lambda value: 0 <= value < 2**32, f"use a whole number from 0 to {2**32 - 1}"),
+    "seed": SEED,
 }
 """The numbers that each field allows, written so that NaN fails, and what to do otherwise."""
 
@@ -390,7 +409,7 @@ def _dashed(key: str) -> str:
 
 def _quote(key: str, value: object) -> str:
     """The option as it would be typed: ``--head-radius -1.0``."""
-    return f"{_dashed(key)} {' '.join(value) if isinstance(value, tuple) else value}"
+    return f"{_dashed(key)} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def _flag(key: str, value: object) -> list[str]:

@@ -35,7 +35,7 @@ from tethertune.lab.config import FinetuneConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CERTIFICATE", "Run", "RunFolder", "find", "load"]
+__all__ = ["CERTIFICATE", "Run", "RunFolder", "find", "load", "locked"]
 
 CERTIFICATE = "certificate.json"
 """The file in a run folder that ``tethertune certify`` writes."""
@@ -151,20 +151,14 @@ class RunFolder:
             RunInUseError: Another process holds the folder.
             RunError: It belongs to another configuration, or it cannot be written.
         """
-        with self._told_plainly():
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = _lock(self.path)
-            try:
-                if fresh:
-                    self._clear()
-                self.status()
-                files.remove_strays(self.path)
-                if self.states.is_dir():
-                    files.remove_strays(self.states)
-                yield
-            finally:
-                (self.path / _LOCK).unlink(missing_ok=True)
-                lock.close()
+        with self._told_plainly(), locked(self.path):
+            if fresh:
+                self._clear()
+            self.status()
+            files.remove_strays(self.path)
+            if self.states.is_dir():
+                files.remove_strays(self.states)
+            yield
 
     def require_space(self, needed: int) -> None:
         """Check, before anything is written, that the disk has room.
@@ -283,6 +277,22 @@ class RunFolder:
                     f"{self.path} cannot be written ({os.strerror(cause)}): choose another --output."
                 ) from error
             raise
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made, for this process; the system frees it when the process ends, however it ends.
+
+    Raises:
+        RunInUseError: Another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
+    try:
+        yield
+    finally:
+        (folder / _LOCK).unlink(missing_ok=True)
+        lock.close()
 
 
 def _lock(folder: Path) -> TextIO:
