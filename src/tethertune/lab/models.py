@@ -1,7 +1,7 @@
 """Pre-trained networks with a new head in place: what a fine-tuning run starts from."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from tethertune.errors import CheckpointError, ConfigurationError
 from tethertune.lab import architectures, checkpoints
-from tethertune.lab.architectures import Architecture, WeightsFile
+from tethertune.lab.architectures import Architecture, Preprocessing, WeightsFile
 
-__all__ = ["HeadKind", "LoadedModel", "assemble", "load"]
+__all__ = ["HeadKind", "LoadedModel", "assemble", "load", "original"]
 
 HeadKind = Literal["pool", "flatten"]
 """The new head: ``"pool"``, a zero-initialised linear layer on the pooled features; or ``"flatten"``, a linear layer
@@ -117,6 +117,53 @@ def load(
         interpolation=wanted.interpolation,
         crop=wanted.crop,
     )
+
+
+def original(
+    name: str, *, size: int | None = None, weights: str | Path | None = None
+) -> tuple[nn.Module, Preprocessing]:
+    """A pre-trained network as it was before fine-tuning: with the classifier that it was trained with.
+
+    Args:
+        name: As in :func:`load`.
+        size: Side of the images in pixels; ``None`` for the network's own.
+        weights: As in :func:`load`.
+
+    Returns:
+        The network in eval mode, which needs no gradient; and how it wants its images, at that size.
+
+    Raises:
+        ConfigurationError: An unknown name, or a size that the network does not take.
+        CheckpointError: The weights cannot be read, are of another network, or come without their classifier.
+        MissingExtraError: The package with the weights is not installed.
+
+    Example:
+        >>> model, wanted = original("lite0", size=64)
+        >>> model.classifier.out_features, wanted.size
+        (1000, 64)
+    """
+    architecture, file = _resolve(name, weights)
+    file = file or architecture.published()
+    state = architecture.native(checkpoints.load_state_dict(file.path))
+    head = architecture.head(architecture.skeleton(classes=1))
+    if f"{head}.weight" not in state:
+        raise CheckpointError(
+            f"{file.source} holds no classifier ({head}.weight), so what the network answered before cannot be told:"
+            " give weights with their classifier, or leave --retain out."
+        )
+    wanted = architecture.preprocessing()
+    wanted = replace(wanted, size=size or wanted.size)
+    model = architecture.build(len(state[f"{head}.weight"]), wanted.size, state)
+    own = model.get_submodule(head).state_dict()
+    given = {key: state[f"{head}.{key}"] for key in own if f"{head}.{key}" in state}
+    if fault := checkpoints.difference(given, own):
+        raise CheckpointError(
+            f"{file.source} has another classifier than {architecture.name} was made with ({fault}), so what the"
+            " network answered before cannot be told: give other weights, or leave --retain out."
+        )
+    model.get_submodule(head).load_state_dict(given)
+    _visits(model, head, wanted.size, architecture.name)
+    return model.eval().requires_grad_(requires_grad=False), wanted
 
 
 def assemble(name: str, state: Mapping[str, Tensor], *, size: int | None = None) -> tuple[nn.Module, str]:

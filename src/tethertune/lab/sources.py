@@ -15,7 +15,7 @@ from PIL import Image
 from tethertune.errors import DataError, did_you_mean
 from tethertune.lab import idx, images
 
-__all__ = ["Source", "fashion", "find", "folder", "mnist"]
+__all__ = ["Source", "fashion", "find", "folder", "mnist", "unlabelled"]
 
 _FASHION = Path(__file__).parent / "assets" / "fashion"
 _FASHION_CLASSES = (
@@ -171,6 +171,35 @@ def folder(root: Path) -> Source:
         return _scan(root)
     except OSError as error:
         raise DataError(f"cannot read {error.filename}: {error.strerror}. Allow reading it or take it away.") from error
+
+
+def unlabelled(root: Path) -> Source:
+    """Every image in a folder and in the folders inside it, whatever they are called: one class, no splits.
+
+    Hidden files, and files without the suffix of an image, are ignored and counted.
+
+    Raises:
+        DataError: There is no such folder, it cannot be read, or it holds no image.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder; give a folder of images.")
+    try:
+        paths = list(_files(root))
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}. Allow reading it or take it away.") from error
+    files = [path.relative_to(root).as_posix() for path in paths if _is_image(path)]
+    if not files:
+        raise DataError(f"{root} holds no image ({len(paths)} other files); give a folder of images.")
+    return Source(
+        name=root.resolve().name,
+        root=root,
+        files=tuple(files),
+        classes=("unlabelled",),
+        labels=np.zeros(len(files), np.int64),
+        splits={},
+        image=lambda index: images.read(root / files[index]),
+        ignored=len(paths) - len(files),
+    )
 
 
 def _tiles(mosaic: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
