@@ -1,37 +1,18 @@
-"""Where images come from: the embedded Fashion-MNIST images, or a folder. What is there, before anything is decoded.
-
-A folder holds image files, or the four files that MNIST and Fashion-MNIST are published as.
-"""
+"""Folders of image files: classes in folders, in folders of splits or not, or images of no class."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from tethertune.errors import DataError, did_you_mean
-from tethertune.lab import idx, images
+from tethertune.errors import DataError
+from tethertune.lab import images
+from tethertune.lab.sources.source import Source
 
-__all__ = ["Source", "fashion", "find", "folder", "mnist", "unlabelled"]
+__all__ = ["folder", "unlabelled"]
 
-_FASHION = Path(__file__).parent / "assets" / "fashion"
-_FASHION_CLASSES = (
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-)
-_PREFIX_OF_SPLIT = {"train": "train", "test": "t10k"}
-"""What the names of the files of a split begin with where images come as in MNIST."""
 _SPLIT_OF_FOLDER = {
     "train": "train",
     "validation": "validation",
@@ -39,121 +20,6 @@ _SPLIT_OF_FOLDER = {
     "val": "validation",
     "test": "test",
 }
-
-
-@dataclass(frozen=True)
-class Source:
-    """The images of one data set: which there are, and how to get the i-th.
-
-    Attributes:
-        name: What to call the data set.
-        root: The folder that holds the files.
-        files: Every file that holds image data, relative to the root, with forward slashes, in a fixed order.
-        classes: Names of the classes.
-        labels: (n,) int64, the class of each image.
-        splits: Images of the splits that the source tells apart: ``train``, and possibly ``validation`` and ``test``.
-        image: The i-th image, in mode RGB.
-        cropped: Whether the images show their object from edge to edge, so that nothing may be cut off.
-        ignored: How many files were passed over: hidden ones, and those without the suffix of an image.
-    """
-
-    name: str
-    root: Path
-    files: tuple[str, ...]
-    classes: tuple[str, ...]
-    labels: NDArray[np.int64]
-    splits: Mapping[str, NDArray[np.int64]]
-    image: Callable[[int], Image.Image]
-    cropped: bool = False
-    ignored: int = 0
-
-
-def find(data: str) -> Source:
-    """The source that a user names: ``"fashion"`` or the path of a folder.
-
-    Raises:
-        DataError: There is no such folder, or its images cannot be used; see :func:`folder` and :func:`mnist`.
-    """
-    if data == "fashion":
-        return fashion()
-    if not Path(data).is_dir():
-        raise DataError(
-            f"data = {data!r} is not a folder; give 'fashion' or a folder of images.{did_you_mean(data, ['fashion'])}"
-        )
-    root = Path(data)
-    return mnist(root) if idx.locate(root, "train-images-idx3-ubyte") else folder(root)
-
-
-def fashion() -> Source:
-    """The embedded 20 training, 40 validation and 200 test images of each of the ten classes of Fashion-MNIST."""
-    splits: dict[str, NDArray[np.int64]] = {}
-    tiles: list[NDArray[np.uint8]] = []
-    labels: list[int] = []
-    for split in ("train", "validation", "test"):
-        of_split, of_class = _tiles(_FASHION / f"{split}.png")
-        splits[split] = np.arange(len(tiles), len(tiles) + len(of_split))
-        tiles.extend(of_split)
-        labels.extend(of_class)
-    return Source(
-        name="fashion",
-        root=_FASHION,
-        files=tuple(f"{split}.png" for split in splits),
-        classes=_FASHION_CLASSES,
-        labels=np.array(labels),
-        splits=splits,
-        image=lambda index: Image.fromarray(tiles[index]).convert("RGB"),
-        cropped=True,
-    )
-
-
-def mnist(root: Path) -> Source:
-    """The images in files named as those of MNIST and Fashion-MNIST, compressed or not.
-
-    ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, and the same with ``t10k`` for the test images, which may
-    be absent. Classes are called by their numbers.
-
-    Raises:
-        DataError: A file is missing, cannot be read or holds something else; images and labels differ in number; a
-            class has no image.
-    """
-    files: list[str] = []
-    splits: dict[str, NDArray[np.int64]] = {}
-    pixels: list[NDArray[np.uint8]] = []
-    labels: list[NDArray[np.uint8]] = []
-    count = 0
-    for split, prefix in _PREFIX_OF_SPLIT.items():
-        if split == "test" and idx.locate(root, f"{prefix}-images-idx3-ubyte") is None:
-            continue
-        for values, name, axes in ((pixels, "images-idx3", 3), (labels, "labels-idx1", 1)):
-            path = idx.locate(root, f"{prefix}-{name}-ubyte")
-            if path is None:
-                raise DataError(f"{root} has no {prefix}-{name}-ubyte, compressed (.gz) or not: it is one of the set.")
-            files.append(path.name)
-            values.append(idx.read(path, axes))
-        if len(pixels[-1]) != len(labels[-1]) or pixels[-1].size == 0:
-            raise DataError(f"{root} has {len(pixels[-1])} {split} images and {len(labels[-1])} labels of them.")
-        splits[split] = np.arange(count, count + len(labels[-1]))
-        count += len(labels[-1])
-    classes = int(max(of_split.max() for of_split in labels)) + 1
-    for of_split in labels:
-        if (missing := np.setdiff1d(np.arange(classes), of_split)).size:
-            raise DataError(f"class {missing[0]} of {root} is not in every split; each needs images of all classes.")
-    starts = np.cumsum([0, *(len(part) for part in pixels)])
-
-    def image(index: int) -> Image.Image:
-        part = int(np.searchsorted(starts, index, side="right")) - 1
-        return Image.fromarray(pixels[part][index - starts[part]]).convert("RGB")
-
-    return Source(
-        name=root.resolve().name,
-        root=root,
-        files=tuple(files),
-        classes=tuple(map(str, range(classes))),
-        labels=np.concatenate(labels).astype(np.int64),
-        splits=splits,
-        image=image,
-        cropped=True,
-    )
 
 
 def folder(root: Path) -> Source:
@@ -200,14 +66,6 @@ def unlabelled(root: Path) -> Source:
         image=lambda index: images.read(root / files[index]),
         ignored=len(paths) - len(files),
     )
-
-
-def _tiles(mosaic: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The 28x28 images of a mosaic with a row of images for each class, as (n, 28, 28), and the class of each."""
-    with Image.open(mosaic) as image:
-        pixels = np.asarray(image)
-    tiles = pixels.reshape(len(_FASHION_CLASSES), 28, -1, 28).transpose(0, 2, 1, 3)
-    return tiles.reshape(-1, 28, 28), np.repeat(np.arange(tiles.shape[0]), tiles.shape[1])
 
 
 def _scan(root: Path) -> Source:

@@ -1,0 +1,38 @@
+"""What a data set is before anything is decoded: which images there are, of which classes, in which splits."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+__all__ = ["Source"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images of one data set: which there are, and how to get the i-th.
+
+    Attributes:
+        name: What to call the data set.
+        root: The folder that holds the files.
+        files: Every file that holds image data, relative to the root, with forward slashes, in a fixed order.
+        classes: Names of the classes.
+        labels: (n,) int64, the class of each image.
+        splits: Images of the splits that the source tells apart: ``train``, and possibly ``validation`` and ``test``.
+        image: The i-th image, in mode RGB.
+        cropped: Whether the images show their object from edge to edge, so that nothing may be cut off.
+        ignored: How many files were passed over: hidden ones, and those without the suffix of an image.
+    """
+
+    name: str
+    root: Path
+    files: tuple[str, ...]
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    splits: Mapping[str, NDArray[np.int64]]
+    image: Callable[[int], Image.Image]
+    cropped: bool = False
+    ignored: int = 0
