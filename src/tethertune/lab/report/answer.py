@@ -9,7 +9,7 @@ from tethertune.lab.report import formats, movement
 from tethertune.lab.report.grouping import BASELINE, Comparison, Group, Setting
 from tethertune.lab.report.statistics import ENOUGH, Difference
 
-__all__ = ["Answer", "answer", "tether"]
+__all__ = ["Answer", "answer", "gap", "over", "tether", "verdict"]
 
 _FEW = 5  # seeds below which a bootstrap interval is too narrow to be taken at its word
 # That of three values is their range, and three values all lie on one side of their median with probability 2 / 2^3.
@@ -49,16 +49,16 @@ def answer(comparison: Comparison) -> Answer:
     elif difference is None:
         headline = f"{reached}; it has no seed in common with {BASELINE}, so the difference is not known."
     else:
-        headline = f"{reached}, {_over(difference, BASELINE)}."
-    clear = difference is not None and difference.beyond_noise and difference.mean > 0
+        headline = f"{reached}, {over(difference, BASELINE)}."
     details = [
-        *_verdict(difference),
+        *_own_rates(setting),
+        *verdict(difference),
         *_others(comparison, best),
         *_rival(comparison, best),
         *_beside(comparison, best),
         *_left_out(comparison),
     ]
-    return Answer(headline, clear, details, best.method)
+    return Answer(headline, comparison.is_clear_winner(best), details, best.method)
 
 
 def tether(comparison: Comparison) -> list[str]:
@@ -68,24 +68,50 @@ def tether(comparison: Comparison) -> list[str]:
     return [*_guarantee(comparison), *_robustness(comparison)]
 
 
-def _verdict(difference: Difference | None) -> Iterator[str]:
+def verdict(difference: Difference | None, unit: str = "seed") -> Iterator[str]:
+    """Whether a difference is more than noise, in words.
+
+    Args:
+        difference: The difference; nothing is said of None.
+        unit: What it is the mean over.
+    """
     if difference is None:
         return
-    seeds = len(difference.by_seed)
+    count = len(difference.by_seed)
     if difference.interval is None:
-        yield "One seed cannot tell a difference from noise: run more seeds."
-    elif seeds < ENOUGH:
-        yield "Two seeds cannot tell either: their interval is the range of two differences. Run more seeds."
+        yield f"One {unit} cannot tell a difference from noise: run more {unit}s."
+    elif count < ENOUGH:
+        yield f"Two {unit}s cannot tell either: their interval is the range of two differences. Run more {unit}s."
     elif not difference.beyond_noise:
         yield "The interval includes 0: the difference is inside the noise, and these runs name no winner."
-    elif seeds < _FEW:
+    elif count < _FEW:
         yield (
-            "The interval leaves out 0: the difference is more than the scatter between the seeds. But they are "
-            f"only {seeds}, and such an interval is then too narrow{_RANGE if seeds == ENOUGH else ''}: "
+            f"The interval leaves out 0: the difference is more than the scatter between the {unit}s. But they are "
+            f"only {count}, and such an interval is then too narrow{_RANGE if count == ENOUGH else ''}: "
             "a good hint, no proof."
         )
     else:
         yield "The interval leaves out 0: the difference is more than noise."
+
+
+def over(difference: Difference, other: str, unit: str = "seed") -> str:
+    """A difference with what it is to, over how many seeds (or tasks), and its interval."""
+    count = len(difference.by_seed)
+    words = f"{formats.points(difference.mean)} points {'over' if difference.mean > 0 else 'against'} {other}"
+    if count == 1:
+        return f"{words} on the one {unit} they share"
+    return f"{words} on the same {count} {unit}s (95 % interval {formats.interval(difference)})"
+
+
+def gap(difference: Difference) -> str:
+    """A difference and its interval, in points."""
+    return f"{formats.points(difference.mean)} points ({formats.interval(difference)})"
+
+
+def _own_rates(setting: Setting) -> Iterator[str]:
+    """That methods are compared each at its own learning rate, where they are."""
+    if "lr" not in setting.fields:
+        yield "Each method has a learning rate of its own here, as a search that tunes it leaves."
 
 
 def _others(comparison: Comparison, best: Group) -> Iterator[str]:
@@ -117,7 +143,7 @@ def _rival(comparison: Comparison, best: Group) -> Iterator[str]:
     difference = best.minus(rival) if rival and best.method != BASELINE else None
     if rival and difference and difference.interval:
         noise = "more than the scatter between the seeds" if difference.beyond_noise else "inside the noise"
-        yield f"Its lead over the next, {comparison.labels[rival]}, is {_gap(difference)}: {noise}."
+        yield f"Its lead over the next, {comparison.labels[rival]}, is {gap(difference)}: {noise}."
 
 
 def _beside(comparison: Comparison, best: Group) -> Iterator[str]:
@@ -131,7 +157,7 @@ def _beside(comparison: Comparison, best: Group) -> Iterator[str]:
     if difference is None or difference.interval is None:
         yield f"{reached}."
     else:
-        yield f"{reached}, {_over(difference, comparison.labels[best])}: {_likeness(difference)}."
+        yield f"{reached}, {over(difference, comparison.labels[best])}: {_likeness(difference)}."
 
 
 def _left_out(comparison: Comparison) -> Iterator[str]:
@@ -213,7 +239,7 @@ def _robustness(comparison: Comparison) -> Iterator[str]:
         equal = "better" if difference.beyond_noise else "not to be told from it"
         yield (
             f"It did not buy accuracy that nothing else can: without any ball {comparison.labels[other]} is {equal}, "
-            f"at {_gap(difference)} against {comparison.labels[best]}."
+            f"at {gap(difference)} against {comparison.labels[best]}."
         )
         gained = comparison.difference(best)
         if gained and gained.beyond_noise and gained.mean > 0:
@@ -225,15 +251,3 @@ def _robustness(comparison: Comparison) -> Iterator[str]:
 
 def _or_lowest(value: float) -> float:
     return value if math.isfinite(value) else -math.inf
-
-
-def _over(difference: Difference, other: str) -> str:
-    seeds = len(difference.by_seed)
-    words = f"{formats.points(difference.mean)} points {'over' if difference.mean > 0 else 'against'} {other}"
-    if seeds == 1:
-        return f"{words} on the one seed they share"
-    return f"{words} on the same {seeds} seeds (95 % interval {formats.interval(difference)})"
-
-
-def _gap(difference: Difference) -> str:
-    return f"{formats.points(difference.mean)} points ({formats.interval(difference)})"

@@ -2,10 +2,12 @@
 
 ::
 
-    Comparison   one data set and one model                     a section of the report
+    Comparison   one task and one model                         a section of the report
     └── Setting  everything else but the method                 within it, differences to `none` are fair
         └── Group  one method with its radii or strengths       a row of the table
             └── Run  one seed
+
+Trials of a search and the runs of a sweep are no results: a comparison keeps them apart, and no mean holds them.
 """
 
 import json
@@ -22,7 +24,21 @@ from tethertune.lab.report import formats
 from tethertune.lab.report.statistics import Difference, Summary, paired, summarise
 from tethertune.lab.runs import Run
 
-__all__ = ["BASELINE", "FOREMOST", "Comparison", "Group", "Setting", "compare", "outcome", "seedless"]
+__all__ = [
+    "BASELINE",
+    "FOREMOST",
+    "STRENGTHS",
+    "Comparison",
+    "Group",
+    "Setting",
+    "compare",
+    "data_name",
+    "identity",
+    "outcome",
+    "part",
+    "rank",
+    "seedless",
+]
 
 BASELINE = "none"
 """The method that all others are compared with: plain fine-tuning."""
@@ -31,12 +47,17 @@ FOREMOST = ("head", "lr", "head_lr")
 """The configuration names that a reader looks for first."""
 
 _DEFAULTS = {item.name: item.default for item in fields(FinetuneConfig) if item.default is not MISSING}
-_STRENGTHS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.accepts))
-_VARIANTS = ("projection", "convention", "affine", "head_bias", "include", "exclude", "attention")
-_METHOD = ("method", *_STRENGTHS, *_VARIANTS)
+_RATES = ("lr", "head_lr")
+
+STRENGTHS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.accepts))
+"""The configuration names of radii and strengths."""
+
+_VARIANTS = ("projection", "convention", "affine", "head_bias", "include", "exclude", "attention", "keep")
+_METHOD = ("method", *STRENGTHS, *_VARIANTS)
 _BYSTANDERS = tuple(item.name for item in fields(FinetuneConfig) if not item.metadata.get("identity", True))
 _PREFIX = len("sha256:") + 12  # of a fingerprint, enough to tell two apart
-_NEUTRAL = ("seed", "model", "weights", "data", *_BYSTANDERS)  # weights and data count by their fingerprints
+_MEASURES = ("gradients", "retain", "retain_size")  # what is looked at changes nothing
+_NEUTRAL = ("seed", "model", "weights", "data", *_MEASURES, *_BYSTANDERS)  # weights and data count by fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +67,13 @@ class Group:
     Attributes:
         method: Name of the method.
         strengths: Its radii or strengths, and what else of the method is not as usual; by configuration name.
+        rates: Its learning rates, by configuration name.
         runs: By seed.
     """
 
     method: str
     strengths: Mapping[str, Any]
+    rates: Mapping[str, Any]
     runs: Mapping[int, Run]
 
     @cached_property
@@ -73,7 +96,7 @@ class Setting:
     """Groups that share all of their configuration but the method.
 
     Attributes:
-        fields: The shared configuration, by name.
+        fields: The shared configuration, by name; without the learning rates where each method has its own.
         groups: In the order of the methods.
     """
 
@@ -88,20 +111,29 @@ class Setting:
     @property
     def best(self) -> Group | None:
         """The group of the highest mean test accuracy; None when no mean is finite."""
-        finite = [group for group in self.groups if math.isfinite(group.summary.mean)]
-        return max(finite, key=lambda group: group.summary.mean, default=None)
+        return _highest(self.groups)
+
+    def rival(self, group: Group) -> Group | None:
+        """The best group of another method; None when there is none with a finite mean."""
+        return _highest(other for other in self.groups if other.method != group.method)
+
+    def best_of(self, method: str) -> Group | None:
+        """The group of a method with the highest mean test accuracy; None when no mean is finite."""
+        return _highest(group for group in self.groups if group.method == method)
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """All runs of one model on one data set.
+    """All runs of one model on one task.
 
     Attributes:
-        dataset: Name of the data set.
+        dataset: Name of the task: that of the data set, unless the runs were given another.
         model: Name of the model.
         settings: The main one first: that with the most methods, then the most runs.
         unfinished: Runs that are not complete.
         repeated: Runs that repeat the seed of another run of their group, which counts once.
+        trials: Runs of a search, which never looked at the test images.
+        sweeps: Runs with a radius, strength or learning rate away from that of the results.
     """
 
     dataset: str
@@ -109,6 +141,8 @@ class Comparison:
     settings: Sequence[Setting]
     unfinished: Sequence[Run]
     repeated: Sequence[Run]
+    trials: Sequence[Run] = ()
+    sweeps: Sequence[Run] = ()
 
     @property
     def groups(self) -> list[Group]:
@@ -121,10 +155,24 @@ class Comparison:
         names = dict.fromkeys([*FOREMOST, *(name for setting in self.settings for name in setting.fields)])
         return [name for name in names if len({_key(setting.fields.get(name)) for setting in self.settings}) > 1]
 
+    def setting(self, group: Group) -> Setting:
+        """The setting of a group."""
+        return next(setting for setting in self.settings if group in setting.groups)
+
     def difference(self, group: Group) -> Difference | None:
         """Difference of a group to plain fine-tuning in its own setting; None for plain fine-tuning itself."""
-        baseline = next(setting.baseline for setting in self.settings if group in setting.groups)
+        baseline = self.setting(group).baseline
         return None if baseline is None or baseline is group else group.minus(baseline)
+
+    def is_clear_winner(self, group: Group) -> bool:
+        """Whether a group reached most in the main setting, and beat plain fine-tuning by more than noise."""
+        difference = self.difference(group)
+        return (
+            group is self.settings[0].best
+            and difference is not None
+            and difference.beyond_noise
+            and difference.mean > 0
+        )
 
     @cached_property
     def labels(self) -> dict[Group, str]:
@@ -145,8 +193,18 @@ def compare(runs: Iterable[Run]) -> list[Comparison]:
     """Sort runs into comparisons; neither the order of the runs nor their place on disk changes the result."""
     places: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: (str(run.info.get("hash")), str(run.path))):
-        places[str(run.info["data"]["name"]), str(run.info["model"]["name"])].append(run)
+        places[str(run.info.get("task") or data_name(run)), str(run.info["model"]["name"])].append(run)
     return [_comparison(dataset, model, places[dataset, model]) for dataset, model in sorted(places)]
+
+
+def data_name(run: Run) -> str:
+    """Name of the data set, whatever the task is called."""
+    return str(run.info["data"]["name"])
+
+
+def part(run: Run) -> Mapping[str, Any]:
+    """What a run is part of, a search or a sweep, with its ``kind``; empty for a result."""
+    return run.info.get("part") or {}
 
 
 def outcome(run: Run, name: str) -> float:
@@ -160,14 +218,34 @@ def seedless(run: Run) -> dict[str, Any]:
     return {name: value for name, value in run.info["config"].items() if name != "seed" and name not in _BYSTANDERS}
 
 
+def identity(run: Run) -> dict[str, Any]:
+    """All that makes the result of a run but its seed, by configuration name; data and weights by fingerprint."""
+    config = _DEFAULTS | run.info["config"]
+    return {name: config[name] for name in _METHOD} | _shared(config) | _fingerprints(run)
+
+
+def rank(method: str) -> tuple[int, str]:
+    """The place of a method in the order of the registry; those of a later version come last, by name."""
+    order = list(METHODS)
+    return (order.index(method) if method in METHODS else len(order)), method
+
+
 def _comparison(dataset: str, model: str, runs: Sequence[Run]) -> Comparison:
+    trials = [run for run in runs if part(run).get("kind") == "trial"]
+    sweeps = [run for run in runs if part(run).get("kind") == "sweep"]
+    results = [run for run in runs if not part(run)]
+    unfinished = [run for run in results if not run.complete]
+    unfinished.sort(key=lambda run: (rank(run.info["config"]["method"]), run.info["config"]["seed"]))
+    settings, repeated = _settings(run for run in results if run.complete)
+    return Comparison(dataset, model, settings, unfinished, repeated, trials, sweeps)
+
+
+def _settings(runs: Iterable[Run]) -> tuple[list[Setting], list[Run]]:
+    """Finished runs in settings, the main one first, and those that repeat the seed of another."""
     shared: dict[str, dict[str, Any]] = {}
     grouped: dict[str, dict[str, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
-    unfinished, repeated = [], []
+    repeated = []
     for run in runs:
-        if not run.complete:
-            unfinished.append(run)
-            continue
         config = _DEFAULTS | run.info["config"]
         apart = _shared(config) | _fingerprints(run)
         key = _key(apart)
@@ -178,21 +256,52 @@ def _comparison(dataset: str, model: str, runs: Sequence[Run]) -> Comparison:
         else:
             seeds[config["seed"]] = run
     settings = [Setting(shared[key], _groups(groups.values())) for key, groups in sorted(grouped.items())]
-    settings.sort(key=_weight, reverse=True)
-    unfinished.sort(key=lambda run: (_rank(run.info["config"]["method"]), run.info["config"]["seed"]))
-    return Comparison(dataset, model, settings, unfinished, repeated)
+    return sorted(_with_tuned_rates(settings), key=_weight, reverse=True), repeated
 
 
 def _groups(seeds: Iterable[Mapping[int, Run]]) -> list[Group]:
     groups = []
     for runs in seeds:
         config = _DEFAULTS | next(iter(runs.values())).info["config"]
-        groups.append(Group(config["method"], _strengths(config), dict(sorted(runs.items()))))
-    return sorted(groups, key=lambda group: (_rank(group.method), _key(group.strengths)))
+        rates = {name: config[name] for name in _RATES}
+        groups.append(Group(config["method"], _strengths(config), rates, dict(sorted(runs.items()))))
+    return _in_order(groups)
+
+
+def _in_order(groups: Iterable[Group]) -> list[Group]:
+    return sorted(groups, key=lambda group: (rank(group.method), _key(group.strengths)))
+
+
+def _with_tuned_rates(settings: Sequence[Setting]) -> list[Setting]:
+    """Settings that differ in their learning rates alone, and have no method in common, as one.
+
+    That is what a search leaves that tunes the learning rate of every method.
+    """
+    families: dict[str, list[Setting]] = defaultdict(list)
+    for setting in settings:
+        families[_key(_without_rates(setting))].append(setting)
+    merged = []
+    for family in families.values():
+        methods = [method for setting in family for method in {group.method for group in setting.groups}]
+        if len(family) > 1 and len(methods) == len(set(methods)):
+            groups = _in_order(group for setting in family for group in setting.groups)
+            merged.append(Setting(_without_rates(family[0]), groups))
+        else:
+            merged += family
+    return merged
+
+
+def _without_rates(setting: Setting) -> dict[str, Any]:
+    return {name: value for name, value in setting.fields.items() if name not in _RATES}
+
+
+def _highest(groups: Iterable[Group]) -> Group | None:
+    finite = [group for group in groups if math.isfinite(group.summary.mean)]
+    return max(finite, key=lambda group: group.summary.mean, default=None)
 
 
 def _strengths(config: Mapping[str, Any]) -> dict[str, Any]:
-    given = {name: config[name] for name in _STRENGTHS if config[name] is not None}
+    given = {name: config[name] for name in STRENGTHS if config[name] is not None}
     return given | {name: config[name] for name in _VARIANTS if _key(config[name]) != _key(_DEFAULTS[name])}
 
 
@@ -209,11 +318,6 @@ def _fingerprints(run: Run) -> dict[str, Any]:
 
 def _weight(setting: Setting) -> tuple[int, int]:
     return len({group.method for group in setting.groups}), sum(len(group.runs) for group in setting.groups)
-
-
-def _rank(method: str) -> tuple[int, str]:
-    order = list(METHODS)
-    return (order.index(method) if method in METHODS else len(order)), method
 
 
 def _key(value: Any) -> str:

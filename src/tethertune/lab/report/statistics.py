@@ -10,7 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["ENOUGH", "LEVEL", "Difference", "Summary", "bootstrap_interval", "paired", "summarise"]
+__all__ = [
+    "ENOUGH",
+    "LEVEL",
+    "Difference",
+    "Summary",
+    "bootstrap_interval",
+    "mean_difference",
+    "paired",
+    "ranks",
+    "summarise",
+]
 
 ENOUGH = 3
 """With fewer differences than this nothing is said to be more than noise."""
@@ -36,10 +46,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """Ours minus theirs on the seeds that both have.
+    """Ours minus theirs on the seeds, or the tasks, that both have.
 
     Attributes:
-        by_seed: The difference of each common seed, by ascending seed.
+        by_seed: The difference of each common seed (or task, by its number), ascending.
         mean: Their mean.
         interval: The bootstrap interval of the mean; None with one seed, or when a difference is not finite.
     """
@@ -98,10 +108,35 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference
         ours: A value for each seed.
         theirs: Likewise, of what ours is compared with.
     """
-    by_seed = {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+    return mean_difference({seed: ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()})
+
+
+def mean_difference(by_seed: Mapping[int, float]) -> Difference | None:
+    """The mean of differences and its interval; None without differences.
+
+    Args:
+        by_seed: A difference for each seed, or for each task.
+    """
     if not by_seed:
         return None
-    differences = list(by_seed.values())
+    ordered = dict(sorted(by_seed.items()))
+    differences = list(ordered.values())
     mean = summarise(differences).mean
     known = len(differences) > 1 and math.isfinite(mean)
-    return Difference(by_seed, mean, bootstrap_interval(differences) if known else None)
+    return Difference(ordered, mean, bootstrap_interval(differences) if known else None)
+
+
+def ranks(values: Mapping[str, float]) -> dict[str, float]:
+    """The rank of each value, 1 for the highest; equal values share the mean of the ranks that they take up.
+
+    Args:
+        values: Finite values by name.
+
+    Example:
+        >>> ranks({"a": 0.5, "b": 0.7, "c": 0.5})
+        {'a': 2.5, 'b': 1.0, 'c': 2.5}
+    """
+    return {
+        name: 1 + sum(other > value for other in values.values()) + (list(values.values()).count(value) - 1) / 2
+        for name, value in values.items()
+    }

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from tethertune.lab.report import formats, movement
 from tethertune.lab.report.grouping import FOREMOST, Comparison, Group, Setting, outcome
+from tethertune.lab.report.statistics import Difference
 
-__all__ = ["Cell", "Table", "held", "results"]
+__all__ = ["Cell", "Table", "accuracy", "held", "results"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Table:
 
 
 def results(comparison: Comparison) -> Table:
-    """One row a group: settings, accuracy, and the paired difference to plain fine-tuning in the same setting."""
+    """One row a group: settings, accuracy, and the paired differences to plain fine-tuning and to the best rival."""
     others = [name for name in comparison.varying if name not in FOREMOST]
     columns = [
         "Method",
@@ -47,6 +48,7 @@ def results(comparison: Comparison) -> Table:
         "Test accuracy",
         "Difference to none (95 % interval)",
         "Difference by seed",
+        "To the best other (95 % interval)",
         "Time a run",
     ]
     rows = [
@@ -73,36 +75,39 @@ def held(comparison: Comparison) -> Table | None:
 
 
 def _row(comparison: Comparison, setting: Setting, group: Group, *, others: Sequence[str]) -> list[Cell]:
-    difference = comparison.difference(group)
-    best = group is comparison.settings[0].best
-    clear = difference is not None and difference.beyond_noise
-    change = "-"
-    if difference is not None and difference.interval is None:
-        change = formats.points(difference.mean)
-    elif difference is not None:
-        change = f"{formats.points(difference.mean)} ({formats.interval(difference)})"
+    difference, rival = comparison.difference(group), setting.rival(group)
+    lead = group.minus(rival) if rival else None
     return [
         Cell(group.method, method=group.method),
         Cell(formats.fields(group.strengths) or "-"),
         Cell(formats.value(setting.fields.get("head"))),
-        Cell(_rates(setting)),
+        Cell(_rates(group)),
         *([Cell(formats.fields({name: setting.fields.get(name) for name in others}))] if others else []),
         Cell(formats.value(list(group.runs))),
-        Cell(_accuracy(group), strong=best and clear),
-        Cell(change, strong=clear),
+        Cell(accuracy(group), strong=comparison.is_clear_winner(group)),
+        _change(difference),
         Cell(", ".join(map(formats.points, difference.by_seed.values())) if difference else "-"),
+        _change(lead, f" to {rival.method}" if rival else ""),
         Cell(formats.duration(_mean_seconds(group))),
     ]
 
 
-def _accuracy(group: Group) -> str:
+def accuracy(group: Group) -> str:
+    """Mean and deviation of a group's test accuracy; how many of its runs have none."""
     failed = sum(not math.isfinite(value) for value in group.accuracies.values())
     text = formats.spread(group.summary)
     return f"{text} ({failed} of {len(group.runs)} not finite)" if failed else text
 
 
-def _rates(setting: Setting) -> str:
-    body, head = setting.fields.get("lr"), setting.fields.get("head_lr")
+def _change(difference: Difference | None, to: str = "") -> Cell:
+    if difference is None:
+        return Cell("-")
+    told = f" ({formats.interval(difference)})" if difference.interval else ""
+    return Cell(f"{formats.points(difference.mean)}{told}{to}", strong=difference.beyond_noise)
+
+
+def _rates(group: Group) -> str:
+    body, head = group.rates.get("lr"), group.rates.get("head_lr")
     return formats.value(body) if head in (None, body) else f"{formats.value(body)}, head {formats.value(head)}"
 
 
