@@ -59,6 +59,14 @@ def test_folders_of_classes_are_split_by_seed(make_images, tmp_path):
     assert first.sizes == {"train": 42, "validation": 9, "test": 9}
     assert first.test.members.tolist() == again.test.members.tolist() != other.test.members.tolist()
     assert first.fingerprint == other.fingerprint
+    assert other.split == "15 % of each class held out with seed 2 for validation and for test"
+
+
+def test_a_missing_validation_split_is_held_out(make_images, tmp_path):
+    folder = make_images(tmp_path / "pets", {"train/cat": 20, "train/dog": 7, "test/cat": 1, "test/dog": 1})
+    dataset = load(folder, tmp_path)
+    assert dataset.sizes == {"train": 23, "validation": 4, "test": 2}
+    assert dataset.split == "as the data comes, 15 % of each class held out with seed 0 for validation"
 
 
 def test_labels_belong_to_their_images_after_splitting(tmp_path):

@@ -74,6 +74,35 @@ def test_a_subset_that_cannot_be_is_refused(per_class):
         splits.subset(ALL["train"], LABELS, CLASSES, per_class, seed=0)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_splits_in_proportion_have_exactly_their_sizes_and_every_class_its_share(seed):
+    random = np.random.default_rng(seed)
+    counts = random.integers(180, 210, 37)
+    labels = random.permutation(np.repeat(np.arange(37), counts))
+    sizes = {"train": 2000, "validation": 2000, "test": len(labels) - 4000}
+    parts = splits.in_proportion(labels, sizes, seed=0)
+    assert {split: len(members) for split, members in parts.items()} == sizes
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(len(labels)))
+    for split, members in parts.items():
+        assert (np.diff(members) > 0).all()
+        shares = counts * sizes[split] / len(labels)
+        assert abs(np.bincount(labels[members], minlength=37) - shares).max() < 2
+    assert parts["test"].tolist() != splits.in_proportion(labels, sizes, seed=1)["test"].tolist()
+
+
+def test_splits_by_class_have_so_many_of_each():
+    labels = np.repeat([0, 1, 2], [13, 20, 100])
+    parts = splits.by_class(labels, {"validation": 5, "test": 7}, "train", seed=0)
+    assert {split: np.bincount(labels[members]).tolist() for split, members in parts.items()} == {
+        "validation": [5, 5, 5],
+        "test": [7, 7, 7],
+        "train": [1, 8, 88],
+    }
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(133))
+    again, other = (splits.by_class(labels, {"validation": 5, "test": 7}, "train", seed) for seed in (0, 1))
+    assert parts["test"].tolist() == again["test"].tolist() != other["test"].tolist()
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 0.99])
 def test_noise_replaces_exactly_its_share_by_any_other_class(share):
     labels = np.repeat([0, 1, 2, 3], 500)

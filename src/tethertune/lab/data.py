@@ -53,13 +53,14 @@ class Dataset:
     """A data set, ready to train on.
 
     Attributes:
-        name: ``fashion``, or the name of the folder.
+        name: ``fashion`` or another name of a data set, or the name of the folder.
         classes: Names of the classes; a label is a position among them.
         train: What weights are fitted to.
         validation: What settings are chosen by.
         test: What results are reported on.
         fingerprint: ``"sha256:..."`` of the names and contents of the files.
         ignored: Number of files in the folder that are hidden or no images.
+        split: How the splits were made, in a sentence without a full stop.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Dataset:
     test: Split
     fingerprint: str
     ignored: int = 0
+    split: str = "as the data comes"
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -94,8 +96,8 @@ def load(
     """Find, split and decode the images of a data set.
 
     Args:
-        data: ``"fashion"``, the embedded images; a folder with ``train/ val/ test/`` of class folders; or a folder of
-            class folders. A split that is missing is held out of the training images: 15 % of each class.
+        data: What :func:`~tethertune.lab.sources.find` finds. A split that is missing is held out of the training
+            images: 15 % of each class.
         size: Side of the decoded images in pixels.
         interpolation: How pixels are interpolated: ``"bilinear"``, ``"bicubic"``, ``"nearest"``, ...
         crop_fraction: Images from a folder are resized so that the central square with this share of the shorter side
@@ -144,8 +146,18 @@ def load(
         classes=source.classes,
         fingerprint=fingerprint,
         ignored=source.ignored,
+        split=_how_split(source, seed),
         **{split: Split(store, chosen, labels[split]) for split, chosen in members.items()},
     )
+
+
+def _how_split(source: sources.Source, seed: int) -> str:
+    """What the source says of its splits, and which of them :func:`splits.complete` made."""
+    missing = [split for split in ("validation", "test") if split not in source.splits]
+    if not missing:
+        return source.split
+    held_out = f"{splits.HELD_OUT_PERCENT} % of each class held out with seed {seed} for {' and for '.join(missing)}"
+    return held_out if len(missing) == 2 else f"{source.split}, {held_out}"
 
 
 def _check(size: int, interpolation: str, crop_fraction: float, resize: str, train_on: str) -> None:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from tethertune.errors import ConfigurationError, DataError
 from tethertune.lab.randomness import generator
 
-__all__ = ["HELD_OUT_PERCENT", "complete", "subset", "with_noise"]
+__all__ = ["HELD_OUT_PERCENT", "by_class", "complete", "in_proportion", "subset", "with_noise"]
 
 HELD_OUT_PERCENT = 15
 """Share of each class that a split gets which the data does not come with."""
@@ -48,6 +48,50 @@ def complete(
             parts[split].append(shuffled[position * share : (position + 1) * share])
         parts["train"].append(shuffled[len(missing) * share :])
     return dict(given) | {split: np.sort(np.concatenate(part)) for split, part in parts.items()}
+
+
+def in_proportion(labels: NDArray[np.int64], sizes: Mapping[str, int], seed: int) -> dict[str, NDArray[np.int64]]:
+    """Split images into splits of exactly these sizes, each with the share of every class that all images have.
+
+    Shares are exact up to one image: the images are put into one order in which those of each class are evenly spaced,
+    and the order is cut.
+
+    Args:
+        labels: (n,) the class of every image.
+        sizes: Number of images in each split, n in all.
+        seed: Another seed splits otherwise.
+
+    Returns:
+        Ascending indices of each split, which share none.
+    """
+    place = np.empty(len(labels))
+    for label, shuffled in _shuffled("in proportion", np.arange(len(labels)), labels, labels.max() + 1, seed):
+        start = generator("in proportion, start", seed, label).random()
+        place[shuffled] = (np.arange(len(shuffled)) + start) / len(shuffled)
+    parts = np.split(np.argsort(place, kind="stable"), np.cumsum(list(sizes.values()))[:-1])
+    return {split: np.sort(part) for split, part in zip(sizes, parts, strict=True)}
+
+
+def by_class(
+    labels: NDArray[np.int64], counts: Mapping[str, int], rest: str, seed: int
+) -> dict[str, NDArray[np.int64]]:
+    """Split images with so many of every class in each split, and whatever is left in the split ``rest``.
+
+    Args:
+        labels: (n,) the class of every image.
+        counts: Images of each class in each split but ``rest``.
+        rest: The split that gets the others.
+        seed: Another seed splits otherwise.
+
+    Returns:
+        Ascending indices of each split, which share none.
+    """
+    names = (*counts, rest)
+    parts: dict[str, list[NDArray[np.int64]]] = {name: [] for name in names}
+    for _, shuffled in _shuffled("by class", np.arange(len(labels)), labels, labels.max() + 1, seed):
+        for name, part in zip(names, np.split(shuffled, np.cumsum(list(counts.values()))), strict=True):
+            parts[name].append(part)
+    return {name: np.sort(np.concatenate(part)) for name, part in parts.items()}
 
 
 def subset(

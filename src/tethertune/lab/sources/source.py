@@ -18,13 +18,15 @@ class Source:
     Attributes:
         name: What to call the data set.
         root: The folder that holds the files.
-        files: Every file that holds image data, relative to the root, with forward slashes, in a fixed order.
+        files: Every file that images and labels are read from, relative to the root, with forward slashes, in a fixed
+            order.
         classes: Names of the classes.
         labels: (n,) int64, the class of each image.
         splits: Images of the splits that the source tells apart: ``train``, and possibly ``validation`` and ``test``.
         image: The i-th image, in mode RGB.
         cropped: Whether the images show their object from edge to edge, so that nothing may be cut off.
         ignored: How many files were passed over: hidden ones, and those without the suffix of an image.
+        split: How the splits were made, in a sentence without a full stop.
     """
 
     name: str
@@ -36,3 +38,4 @@ class Source:
     image: Callable[[int], Image.Image]
     cropped: bool = False
     ignored: int = 0
+    split: str = "as the data comes"
