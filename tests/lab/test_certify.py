@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tethertune.errors import CheckpointError, ConfigurationError, ReferenceMismatchError, RunError
-from tethertune.lab import certify as certification
 from tethertune.lab import models, runs
 from tethertune.lab.certify import certify
 from tethertune.lab.training import finetune
@@ -81,7 +80,7 @@ def _evaluate(run):
 
     from tethertune.lab.training import Training
 
-    training = Training(certification._config(run), Accelerator(cpu=True))
+    training = Training(run.config, Accelerator(cpu=True))
     training.network.load_state_dict(load_file(run.path / "model.safetensors"))
     training.network.eval()
     images, labels = training._load(training.dataset.train, torch.arange(len(training.dataset.train)))
@@ -290,6 +289,6 @@ def test_an_anonymous_checkpoint(weights, tiny_inputs):
 
 def test_infinite_radii_come_back_from_the_run(resnet):
     run = resnet(radius=math.inf)
-    config = certification._config(run)
+    config = run.config
     assert config.radius == math.inf
     assert replace(config) == config

@@ -146,7 +146,7 @@ def certify(
     run = runs.load(path) if is_run else None
     if run is None and images is None:
         raise ConfigurationError(f"{checkpoint} does not say what it was trained on: give --data DATA.")
-    name = images if images is not None else str(_config(run).data) if run else ""
+    name = images if images is not None else run.config.data if run else ""
     subject = _of_run(run, reference) if run else _of_checkpoint(path, name, reference, arch)
     if mode == "declared" and not subject.declared.radii:
         raise ConfigurationError(f"{checkpoint} declares no radii that a certificate can use: give --mode grid.")
@@ -158,7 +158,7 @@ def certify(
         crop_fraction=subject.trained.crop,
         per_class=subject.per_class,
         seed=subject.seed,
-        cache=cache if cache is not None or run is None else _config(run).cache,
+        cache=cache if cache is not None or run is None else run.config.cache,
     )
     described = f"{dataset.name} ({len(dataset.train)} training images, {dataset.fingerprint[:15]})"
     finding = Finding(str(checkpoint), subject.source, described, None)
@@ -239,19 +239,11 @@ def _learned_from(run: Run) -> str | None:
     return runs.load(base).info["data"]["fingerprint"] if (base / "run.json").is_file() else None
 
 
-def _config(run: Run) -> FinetuneConfig:
-    """The configuration of a run."""
-    values: dict[str, Any] = {
-        key: float(value) if value == "inf" else value for key, value in run.info["config"].items()
-    }
-    return FinetuneConfig(**values)
-
-
 def _of_run(run: Run, reference: str | None) -> _Subject:
     """The network of a run, around the weights that the run was trained from."""
     if not run.complete:
         raise RunError(f"{run.path} is not complete: give the command of the run again, it resumes.")
-    config, told = _config(run), run.info["model"]
+    config, told = run.config, run.info["model"]
     loaded = models.load(
         config.model,
         classes=len(run.info["data"]["classes"]),

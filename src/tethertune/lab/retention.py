@@ -84,6 +84,11 @@ class Retention:
         device: Where to compute.
         layout: Memory format of images and convolutions.
 
+    Attributes:
+        fingerprint: ``"sha256:..."`` of the names and contents of the images.
+        images: Their number.
+        confident: Of how many the pre-trained network is confident.
+
     Raises:
         DataError: The folder or an image cannot be used, or the network is confident of no image.
     """
@@ -102,11 +107,12 @@ class Retention:
         self._network = network.to(device=device, memory_format=layout)  # type: ignore[call-overload]
         self._wanted, self._head, self._layout, self._device = wanted, head, layout, torch.device(device)
         self._split, self.fingerprint = _decoded(Path(folder), wanted, cache)
-        self._before = [self._answers(batch) for batch in torch.arange(len(self._split)).split(_BATCH)]
-        self._confident = sum(len(answers.classes) for answers in self._before)
-        if not self._confident:
+        self.images = len(self._split)
+        self._before = [self._answers(batch) for batch in torch.arange(self.images).split(_BATCH)]
+        self.confident = sum(len(answers.classes) for answers in self._before)
+        if not self.confident:
             raise DataError(
-                f"{folder}: of none of its {len(self._split)} images the pre-trained network is confident (p >"
+                f"{folder}: of none of its {self.images} images the pre-trained network is confident (p >"
                 f" {CONFIDENT}): give images like those it was trained on."
             )
 
@@ -153,14 +159,14 @@ class Retention:
         for same, cross_entropy in self._compared(network):
             kept += int(same.sum())
             entropy += float(cross_entropy.sum())
-        return Kept(kept / self._confident, entropy / self._confident, self._confident, len(self._split))
+        return Kept(kept / self.confident, entropy / self.confident, self.confident, self.images)
 
     def keeps(self, network: nn.Module, share: float) -> bool:
         """Whether a network has kept a share of the answers or more; looks at no more images than it must."""
-        kept = self._confident
+        kept = self.confident
         for same, _ in self._compared(network):
             kept -= int((~same).sum())
-            if kept / self._confident < share:
+            if kept / self.confident < share:
                 return False
         return True
 
@@ -170,7 +176,7 @@ class Retention:
         body = _body(network, self._head)
         for name, tensor in _body(self._network, self._head).items():
             tensor.copy_(body[name])
-        for before in self._before:
+        for before in filter(lambda answers: len(answers.classes), self._before):
             logits = self._logits(before.images)[before.confident]
             yield logits.argmax(dim=1) == before.classes, -(before.probabilities * logits.log_softmax(dim=1)).sum(dim=1)
 

@@ -8,6 +8,8 @@
         distances.json      how far each layer moved
         model.safetensors   the fine-tuned weights
         certificate.json    what its training images prove of it, once ``tethertune certify`` has been asked
+        interpolations.json what it is on the way back to its reference, once ``tethertune interpolate`` has been asked
+        alpha-<a>.safetensors  the weights there
         README.md           model card
         resume/             state of an unfinished run; removed when it is complete
 
@@ -35,10 +37,13 @@ from tethertune.lab.config import FinetuneConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CERTIFICATE", "Run", "RunFolder", "find", "load", "locked"]
+__all__ = ["CERTIFICATE", "INTERPOLATIONS", "Run", "RunFolder", "find", "load", "locked", "write_weights"]
 
 CERTIFICATE = "certificate.json"
 """The file in a run folder that ``tethertune certify`` writes."""
+
+INTERPOLATIONS = "interpolations.json"
+"""The file in a run folder that ``tethertune interpolate`` writes."""
 
 _LOCK = ".lock"
 _FULL = {
@@ -58,6 +63,7 @@ class Run:
         metrics: ``metrics.jsonl``, one dictionary an epoch; empty before the first epoch has ended.
         distances: ``distances.json``; empty until the run is complete.
         certificate: ``certificate.json``; empty until the run is certified.
+        interpolations: ``interpolations.json``, by falling alpha; empty until the run is interpolated.
     """
 
     path: Path
@@ -65,11 +71,23 @@ class Run:
     metrics: list[dict[str, Any]]
     distances: dict[str, Any]
     certificate: dict[str, Any] = field(default_factory=dict)
+    interpolations: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
-        """Whether the run has ended; else it can be resumed by the same command."""
+        """Whether the run has ended with a result; else it can be resumed by the same command, or it diverged."""
         return bool(self.info["status"] == "complete")
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the run ended without a result, because its loss or a weight was no longer finite."""
+        return bool(self.info["status"] == "diverged")
+
+    @property
+    def config(self) -> FinetuneConfig:
+        """The configuration that the run was made from."""
+        given = self.info["config"]
+        return FinetuneConfig(**{key: float(value) if value == "inf" else value for key, value in given.items()})
 
 
 def load(path: str | Path) -> Run:
@@ -84,10 +102,11 @@ def load(path: str | Path) -> Run:
     info = _read_json(path / "run.json")
     if not isinstance(info, dict) or info.get("schema") != 1 or "status" not in info:
         raise RunError(f"{path / 'run.json'} is not of a schema that this version reads (1): update tethertune.")
-    distances, certificate = (
-        _read_json(path / name) if (path / name).is_file() else {} for name in ("distances.json", CERTIFICATE)
+    distances, certificate, interpolations = (
+        _read_json(path / name) if (path / name).is_file() else empty
+        for name, empty in (("distances.json", {}), (CERTIFICATE, {}), (INTERPOLATIONS, []))
     )
-    return Run(path, info, _read_lines(path / "metrics.jsonl"), distances, certificate)
+    return Run(path, info, _read_lines(path / "metrics.jsonl"), distances, certificate, interpolations)
 
 
 def find(paths: Iterable[str | Path]) -> list[Run]:
@@ -122,8 +141,8 @@ class RunFolder:
             / f"seed-{config.seed}-{config.hash}"
         )
 
-    def status(self) -> Literal["absent", "running", "complete"]:
-        """How far the run is.
+    def status(self) -> Literal["absent", "running", "diverged", "complete"]:
+        """How far the run is; one that diverged would do so again.
 
         Raises:
             RunError: The folder holds the run of another configuration.
@@ -136,7 +155,8 @@ class RunFolder:
                 f"{self.path} holds a run of another configuration ({run.info.get('hash')}, this is"
                 f" {self.config.hash}): choose another --output, or start anew with --fresh."
             )
-        return "complete" if run.complete else "running"
+        status: Literal["running", "diverged", "complete"] = run.info["status"]
+        return status
 
     @contextmanager
     def own(self, *, fresh: bool = False) -> Iterator[None]:
@@ -198,11 +218,7 @@ class RunFolder:
 
     def write_weights(self, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> None:
         """Write ``model.safetensors``; equal weights and metadata make equal bytes."""
-        from safetensors.torch import save_file
-
-        with files.atomic_path(self.path / "model.safetensors") as temporary:
-            save_file(_unshared(tensors), temporary, {"format": "pt", **metadata})
-            _sort_metadata(temporary)
+        write_weights(self.path / "model.safetensors", tensors, metadata)
 
     def save_state(self, state: Mapping[str, Any], step: int) -> None:
         """Keep the state of an unfinished run, in place of the one before.
@@ -256,8 +272,9 @@ class RunFolder:
 
     def _clear(self) -> None:
         self.drop_states()
-        for name in ("run.json", "metrics.jsonl", "distances.json", "model.safetensors", "README.md", CERTIFICATE):
-            (self.path / name).unlink(missing_ok=True)
+        names = ("run.json", "metrics.jsonl", "distances.json", "model.safetensors", "README.md", CERTIFICATE)
+        for path in (*(self.path / name for name in (*names, INTERPOLATIONS)), *self.path.glob("alpha-*.safetensors")):
+            path.unlink(missing_ok=True)
 
     @contextmanager
     def _told_plainly(self) -> Iterator[None]:
@@ -277,6 +294,15 @@ class RunFolder:
                     f"{self.path} cannot be written ({os.strerror(cause)}): choose another --output."
                 ) from error
             raise
+
+
+def write_weights(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; equal weights and metadata make equal bytes."""
+    from safetensors.torch import save_file
+
+    with files.atomic_path(path) as temporary:
+        save_file(_unshared(tensors), temporary, {"format": "pt", **metadata})
+        _sort_metadata(temporary)
 
 
 @contextmanager

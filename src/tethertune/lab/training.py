@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
@@ -33,10 +34,12 @@ from tethertune.lab.config import FinetuneConfig
 from tethertune.lab.display import Display
 from tethertune.lab.gradients import gradient_norms
 from tethertune.lab.methods import METHODS
+from tethertune.lab.retention import Kept, Retention
 from tethertune.lab.runs import Run, RunFolder, load
+from tethertune.lab.wiseft import Line, largest, weights_of
 from tethertune.reference import Reference
 
-__all__ = ["finetune"]
+__all__ = ["Training", "finetune", "rebuilt"]
 
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 _EVALUATION_BATCH = 64
@@ -72,9 +75,11 @@ def finetune(
         CheckpointError: The pre-trained weights cannot be read.
         DataError: The images cannot be used.
         RunError: The run folder is in use, is of another configuration, or cannot be written.
-        NonFiniteWeightError: The training diverged.
+        NonFiniteWeightError: The training diverged, now or when the same run was made before.
     """
     folder = RunFolder(config)
+    if not fresh and folder.status() == "diverged":
+        raise NonFiniteWeightError(load(folder.path).info["diverged"])
     if fresh or folder.status() != "complete":
         with _reproducible(config.threads):
             training = Training(config, _accelerator(config.precision), part, on_epoch)
@@ -83,6 +88,29 @@ def finetune(
         with suppress(RunError), folder.own():
             folder.drop_states()
     return load(folder.path)
+
+
+@contextmanager
+def rebuilt(run: Run, **changes: Any) -> Iterator["Training"]:
+    """A complete run in memory again, as it was before its first step: to measure what is made of its weights.
+
+    Args:
+        run: The run.
+        changes: Values of its configuration that are to be others; not such as change the images or the network.
+
+    Raises:
+        ConfigurationError: A change that is not allowed.
+        CheckpointError: The pre-trained weights cannot be read.
+        DataError: The images cannot be used.
+        RunError: The run is not complete, or images or pre-trained weights are no longer those of the run.
+    """
+    if not run.complete:
+        raise RunError(f"{run.path} is not complete: give the command of the run again, it resumes.")
+    config = replace(run.config, **changes)
+    with _reproducible(config.threads):
+        training = Training(config, _accelerator(config.precision))
+        training.require_inputs_of(run)
+        yield training
 
 
 @dataclass
@@ -133,6 +161,8 @@ class Training:
             self.network = self.network.to(memory_format=torch.channels_last)
         self.reference = Reference.of(self.network)
         self.regulariser = regularisers.build(config, self.loaded, self.reference)
+        self.retention = Retention.of(config, self.loaded, accelerator.device) if accelerator.is_main_process else None
+        self.line = None if config.keep is None else self.line_from_here()
         self.optimizer = optimisers.build(config, _groups(config, self.network, self.loaded.head))
         self.regulariser.attach(self.optimizer)
         for parameter in self.regulariser.frozen():  # after the optimiser, which keeps them, has been made
@@ -156,7 +186,8 @@ class Training:
             self.accelerator.wait_for_everyone()
             if folder.status() == "complete":  # by another process, while this one was preparing
                 return
-            self._require_same_inputs(folder)
+            if folder.status() == "running":
+                self.require_inputs_of(load(folder.path))
             if writes:
                 folder.write_info(self._info("running"))
             self.regulariser.prepare(folder.states if writes else None, self._examples)
@@ -164,8 +195,14 @@ class Training:
             steps = self.config.epochs * self.steps_per_epoch
             title = f"{self.config.method} seed {self.config.seed}"
             with Display(title, steps, done=self.progress.step, quiet=quiet or not writes) as display:
-                while self.progress.epoch < self.config.epochs:
-                    self._epoch(folder, display)
+                try:
+                    while self.progress.epoch < self.config.epochs:
+                        self._epoch(folder, display)
+                except NonFiniteWeightError as error:
+                    if writes:
+                        folder.write_info(self._info("diverged") | {"diverged": str(error)})
+                        folder.drop_states()
+                    raise
             self._finish(folder)
             self.accelerator.wait_for_everyone()  # so that every process finds the complete run
 
@@ -287,7 +324,7 @@ class Training:
     # ------------------------------------------------------------------------------------------------ measuring
 
     @torch.inference_mode()
-    def _evaluate(self, split: data.Split) -> tuple[float, float]:
+    def evaluate(self, split: data.Split) -> tuple[float, float]:
         """Mean loss and accuracy on a split, shared among the processes."""
         self.network.eval()
         total = torch.zeros(2, dtype=self.sums["loss"].dtype, device=self.accelerator.device)
@@ -334,7 +371,7 @@ class Training:
             )
         training_seconds = self._seconds() - progress.epoch_began
         evaluates = progress.epoch + 1 == config.epochs or (progress.epoch + 1) % config.eval_every == 0
-        validation_loss, validation_accuracy = self._evaluate(self.dataset.validation) if evaluates else (None, None)
+        validation_loss, validation_accuracy = self.evaluate(self.dataset.validation) if evaluates else (None, None)
         lr, head_lr = (group["lr"] for group in self.optimizer.param_groups)
         gradients = self._gradients() if evaluates and config.gradients else {}
         return {
@@ -349,10 +386,25 @@ class Training:
             "validation_accuracy": validation_accuracy,
             "gradient_norm": means["gradient_norm"],
             **gradients,
+            **self._forgotten(evaluates),
             "seconds": self._seconds() - progress.epoch_began,
             "images_per_second": self.images_per_epoch / training_seconds,
             "at_radius": self.regulariser.at_radius(),
             "distance": _quantiles([moved.mars for moved in self._distances().values() if moved.role == "body"]),
+        }
+
+    def line_from_here(self) -> Line:
+        """The line from the weights that the network has now to whatever they will be."""
+        return Line(self.network, head=self.loaded.head, constraint=self.regulariser.constraint)
+
+    def _forgotten(self, evaluates: bool) -> dict[str, float | None]:
+        """What the line of metrics says of the answers that are to be retained; nothing without any."""
+        if self.retention is None:
+            return {}
+        kept = self.retention.measure(self.network) if evaluates else None
+        return {
+            "retention": None if kept is None else kept.share,
+            "retention_cross_entropy": None if kept is None else kept.cross_entropy,
         }
 
     def _means(self) -> dict[str, float]:
@@ -410,23 +462,23 @@ class Training:
             "sums": self.sums,
         }
 
-    def _require_same_inputs(self, folder: RunFolder) -> None:
+    def require_inputs_of(self, run: Run) -> None:
         """Check that a run which was begun has the images and pre-trained weights that it was begun with.
 
         Raises:
             RunError: They have changed.
         """
-        if folder.status() == "absent":
-            return
-        info = load(folder.path).info
-        for thing, then, now in (
-            ("images", info["data"]["fingerprint"], self.dataset.fingerprint),
-            ("pre-trained weights", info["model"]["weights_sha256"], self.loaded.weights_sha256),
-        ):
+        things = [
+            ("images", run.info["data"]["fingerprint"], self.dataset.fingerprint),
+            ("pre-trained weights", run.info["model"]["weights_sha256"], self.loaded.weights_sha256),
+        ]
+        if self.retention is not None and run.config.retain == self.config.retain:
+            things.append(("images to retain", run.info["retain"]["fingerprint"], self.retention.fingerprint))
+        for thing, then, now in things:
             if then != now:
                 raise RunError(
-                    f"{folder.path} was begun with other {thing} than there are now ({then}, now {now}): bring those"
-                    " back, or start anew with --fresh."
+                    f"{run.path} was begun with other {thing} than there are now ({then}, now {now}): bring those back,"
+                    " or start anew with --fresh."
                 )
 
     def _resume(self, folder: RunFolder) -> None:
@@ -452,35 +504,85 @@ class Training:
     def _finish(self, folder: RunFolder) -> None:
         """Test, and write all that a complete run holds; ``run.json`` says so last."""
         is_trial = self.part is not None and self.part["kind"] == "trial"
-        test_loss, test_accuracy = (None, None) if is_trial else self._evaluate(self.dataset.test)
+        figures, before = self._figures_at_end(is_trial), None
+        alpha = self._go_back()
+        if alpha < 1:
+            figures, before = self._figures_anew(is_trial), figures
         if not self.accelerator.is_main_process:
             return
         self._tick()
         progress = self.progress
-        final = progress.metrics[-1]
         training_seconds = sum(self.images_per_epoch / line["images_per_second"] for line in progress.metrics)
         info = self._info("complete")
         info["outcome"] = {
-            "test_accuracy": test_accuracy,
-            "test_loss": test_loss,
-            "validation_accuracy": final["validation_accuracy"],
-            "validation_loss": final["validation_loss"],
-            "train_accuracy": final["accuracy"],
+            **figures,
             "epochs": progress.epoch,
             "steps": progress.step,
             "seconds": progress.seconds,
             "images_per_second": progress.epoch * self.images_per_epoch / training_seconds,
             "peak_memory_bytes": progress.peak_memory,
-            "at_radius": final["at_radius"],
+            "alpha": alpha,
+            "before_interpolation": before,
         }
         layers = self._layers()
         folder.write_metrics(progress.metrics)
         folder.write_distances(layers)
         if not is_trial:
-            folder.write_weights(self.network.state_dict(), self._metadata())
+            folder.write_weights(
+                self.network.state_dict(), self._metadata() | ({} if before is None else {"alpha": str(alpha)})
+            )
             folder.write_card(card.write(self.config, info, layers))
         folder.write_info(info)
         folder.drop_states()
+
+    def _figures_at_end(self, is_trial: bool) -> dict[str, Any]:
+        """What the outcome says of the network as the last epoch left it."""
+        final = self.progress.metrics[-1]
+        test_loss, test_accuracy = (None, None) if is_trial else self.evaluate(self.dataset.test)
+        return {
+            "test_accuracy": test_accuracy,
+            "test_loss": test_loss,
+            "validation_accuracy": final["validation_accuracy"],
+            "validation_loss": final["validation_loss"],
+            "train_accuracy": final["accuracy"],
+            "at_radius": final["at_radius"],
+            "retention": None if self.retention is None else self._kept_at_end(self.retention),
+        }
+
+    def _kept_at_end(self, retention: Retention) -> dict[str, Any]:
+        """What was kept, as measured after the last epoch."""
+        final = self.progress.metrics[-1]
+        share, cross_entropy = final["retention"], final["retention_cross_entropy"]
+        return Kept(share, cross_entropy, retention.confident, retention.images).to_dict()
+
+    def _figures_anew(self, is_trial: bool) -> dict[str, Any]:
+        """What the outcome says of the network after it has gone back towards the reference."""
+        validation_loss, validation_accuracy = self.evaluate(self.dataset.validation)
+        return self._figures_at_end(is_trial) | {
+            "validation_accuracy": validation_accuracy,
+            "validation_loss": validation_loss,
+            "train_accuracy": self.evaluate(self.dataset.train)[1],
+            "at_radius": self.regulariser.at_radius(),
+            "retention": None if self.retention is None else self.retention.measure(self.network).to_dict(),
+        }
+
+    def _go_back(self) -> float:
+        """Go back towards the reference no farther than the answers to be kept ask for; gives the alpha."""
+        line, retention, share = self.line, self.retention, self.config.keep
+        if line is None:
+            return 1.0
+        trained = weights_of(self.network)
+
+        def keeps(alpha: float) -> bool:
+            assert retention is not None
+            assert share is not None
+            line.go(trained, alpha)
+            return retention.keeps(self.network, share)
+
+        found = [largest(keeps) if self.accelerator.is_main_process else 0.0]
+        alpha = float(broadcast_object_list(found)[0])
+        line.go(trained, alpha)
+        return alpha
 
     def _info(self, status: str) -> dict[str, Any]:
         """``run.json``, without an outcome."""
@@ -514,6 +616,7 @@ class Training:
                 "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
             },
             "constraint": None if constraint is None else {"summary": constraint.summary()},
+            "retain": None if self.retention is None else {"fingerprint": self.retention.fingerprint},
             "outcome": None,
         }
 
