@@ -9,7 +9,7 @@ import errno
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from itertools import pairwise
 from json import dumps
@@ -178,6 +178,13 @@ def finetune(
             f"test accuracy {outcome['test_accuracy']:.2%}, validation accuracy {outcome['validation_accuracy']:.2%},"
             f" {outcome['epochs']} epochs, {outcome['seconds']:.0f} s"
         )
+        if outcome.get("retention"):
+            _say(f"{_kept(outcome['retention'])}, alpha {outcome['alpha']}")
+
+
+def _kept(retention: Mapping[str, Any]) -> str:
+    """What a network has kept, in words."""
+    return f"{retention['share']:.2%} of {retention['confident']} confident pre-trained answers kept"
 
 
 def _settings(file: Path | None, given: dict[str, Any]) -> FinetuneConfig:
@@ -292,6 +299,39 @@ def certify(
 
 
 @app.command
+def interpolate(
+    run: Path,
+    *,
+    alpha: tuple[float, ...] = (0.75, 0.5, 0.25),
+    retain: str | None = None,
+    retain_size: int | None = None,
+    output: Path | None = None,
+) -> None:
+    """Measure and save RUN on its way back to the weights that it was trained from (WiSE-FT).
+
+    Less is forgotten on the way, and every network on it is inside the run's balls. What is measured is kept in
+    RUN/interpolations.json, where tethertune report finds it.
+
+    Example: tethertune interpolate runs/fashion/lite0/mars-pgm/seed-0-1a2b3c4d --alpha 0.5 --retain photos/
+
+    Args:
+        run: The folder of a finished run.
+        alpha: A place on the way, from 0 (the pre-trained weights under the trained head) to 1 (the run); repeatable.
+        retain: A folder of any unlabelled images, as in tethertune finetune. Not given: that of the run, if any.
+        retain_size: Side of those images in pixels. Not given: that of the run, or the network's own for other images.
+        output: Folder for the weights, alpha-ALPHA.safetensors. Not given: RUN.
+    """
+    from tethertune.lab import interpolation
+
+    for found in interpolation.measure(run, alpha, retain=retain, retain_size=retain_size, save=True, output=output):
+        kept = "" if found.retention is None else f", {_kept(found.retention.to_dict())}"
+        _say(
+            f"alpha {found.alpha}: test accuracy {found.test_accuracy:.2%}, validation accuracy"
+            f" {found.validation_accuracy:.2%}{kept}"
+        )
+
+
+@app.command
 def report(
     *runs: Path,
     output: Path = Path("report.html"),
@@ -312,6 +352,82 @@ def report(
 
 
 @app.command
+def bounds(
+    model: str | None = None,
+    /,
+    *,
+    output: Path | None = None,
+    seed: int = 0,
+    json: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+) -> None:
+    """Compare how generalisation bounds grow with depth, width, input resolution and distance.
+
+    On ResNets with random weights, which takes one to two minutes on two cores and needs no network.
+
+    Example: tethertune bounds --output bounds.html
+
+    Args:
+        model: The network of the comparisons by resolution and distance, with its published weights, as in tethertune
+            finetune. Not given: a ResNet-18 with random weights.
+        output: HTML file to write the figures to. Not given: only tables are printed.
+        seed: Seed of the random weights.
+        json: Print JSON instead of tables.
+    """
+    from tethertune.lab import growth
+    from tethertune.lab.report import growth as figures
+
+    if output is not None:
+        figures.check_output(output)
+    found = growth.measure(model, seed=seed)
+    if json:
+        _say(dumps(found.to_dict(), indent=2, allow_nan=False))
+    else:
+        from tethertune.lab.growth_text import show
+
+        show(found)
+    if output is not None:
+        _say(str(figures.write(found, output)), file=sys.stderr if json else None)
+
+
+@app.command
+def compare(
+    config: Path,
+    *,
+    output: Path | None = None,
+    executor: str | None = None,
+    workers: int | None = None,
+    storage: str | None = None,
+    dry_run: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+) -> None:
+    """Make the comparison that CONFIG describes: networks x tasks x methods, searched, trained once a seed, reported.
+
+    A comparison that was stopped goes on where it was when the same command is given again.
+
+    Example: tethertune compare configs/demo.toml
+
+    Args:
+        config: A TOML file; docs/experiments.md lists its keys.
+        output: The folder of everything. Not given: what the file says, or comparison.
+        executor: Where runs are made: local (in this process) or processes. Not given: what the file says.
+        workers: Processes. Not given: what the file says.
+        storage: URL of an Optuna database for the searches. Not given: search.db in the output folder.
+        dry_run: Print the plan, and what it will cost, and make nothing.
+    """
+    from tethertune.lab import comparison
+
+    given = {"output": output, "executor": executor, "workers": workers, "storage": storage}
+    wanted = comparison.load(config, {key: value for key, value in given.items() if value is not None})
+    if dry_run:
+        from tethertune.lab import forecast
+
+        forecast.show(wanted)
+    else:
+        from tethertune.lab import compare as comparing
+
+        comparing.run(wanted)
+
+
+@app.command
 def config(file: Path | None = None) -> None:
     """Print the complete configuration that FILE stands for, defaults included, as TOML.
 
@@ -322,15 +438,3 @@ def config(file: Path | None = None) -> None:
     """
     settings = load_toml(file) if file else FinetuneConfig("lite0", "fashion")
     _say(settings.to_toml().rstrip())
-
-
-@app.command
-def demo(*, output: Path = Path("demo")) -> None:
-    """Fine-tune lite0 with every method on embedded images, and write a report.
-
-    Args:
-        output: Folder for the runs and report.html.
-    """
-    from tethertune.lab import demo as demonstration
-
-    demonstration.run(output)

@@ -79,10 +79,17 @@ def _outcome(info: Mapping[str, Any]) -> str:
     outcome = info["outcome"]
     names = ("test_accuracy", "validation_accuracy", "train_accuracy")
     shown = [f"- {name.replace('_', ' ')}: {outcome[name]:.2%}\n" for name in names if outcome[name] is not None]
+    shown += [_kept(outcome)] if outcome.get("retention") else []
     return (
         f"## Results\n\n{''.join(shown)}- one run, seed {info['config']['seed']}, {outcome['epochs']} epochs,"
         f" {outcome['steps']} steps\n"
     )
+
+
+def _kept(outcome: Mapping[str, Any]) -> str:
+    kept, alpha = outcome["retention"], outcome["alpha"]
+    back = f", after going back to {alpha} of the way from the base weights" if alpha < 1 else ""
+    return f"- answers kept: {kept['share']:.2%} of the base network's {kept['confident']} confident ones{back}\n"
 
 
 def _repeat(info: Mapping[str, Any]) -> str:
