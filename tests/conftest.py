@@ -1,5 +1,7 @@
 """One thread a process, because tests run side by side; and the smallest inputs that a real run takes."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -60,6 +62,110 @@ def make_idx():
         return pixels, {split: of_split.tolist() for split, of_split in labels.items()}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_published():
+    """``make_published(root)`` writes small copies of the published data sets; gives the folder of each by name.
+
+    They are in the layouts of the originals, ``root/aircraft/fgvc-aircraft-2013b/...``, so that ``root`` can be
+    ``$TETHERTUNE_DATA``. Three classes, told apart by colour, with a third of their images in each split.
+    """
+
+    def make(root, per_class=6):
+        for write in (_aircraft, _butterfly, _flowers, _pets, _pubfig, _caltech256, _dtd):
+            write(root, range(1, per_class + 1))
+        folders = {path.name: path for path in sorted(root.iterdir())}
+        for path in folders.values():
+            (path / "small-copy.txt").write_text("made by a test\n")
+        return folders
+
+    return make
+
+
+def _aircraft(root, numbers):
+    base = root / "aircraft/fgvc-aircraft-2013b/data"
+    variants = ("707-320", "A340-600", "Boeing 737-700")
+    images = [[f"{label}{number:06}" for number in numbers] for label in range(3)]
+    _save(images, base / "images", ".jpg")
+    (base / "variants.txt").write_text("\n".join(variants) + "\n")
+    _list(images, f"{base}/images_variant_{{}}.txt", lambda image, label: f"{image} {variants[label]}")
+    halves = [(base / f"images_variant_{split}.txt").read_text() for split in ("train", "val")]
+    (base / "images_variant_trainval.txt").write_text("".join(halves))
+
+
+def _butterfly(root, numbers):
+    base = root / "butterfly/Butterfly200"
+    species = ("001.Achillides_bianor", "002.Papilio_xuthus", "003.Danaus_chrysippus")
+    images = [[f"{name}/{number:03}.jpg" for number in numbers] for name in species]
+    _save(images, base / "images")
+    _list(images, f"{base}/Butterfly200_{{}}_release.txt", lambda image, label: f"{image} {label + 1} 1 1 1")
+
+
+def _flowers(root, numbers):
+    from scipy.io import savemat
+
+    base = root / "flowers/flowers-102"
+    count = len(numbers)
+    images = [[f"image_{3 * number - 2 + label:05}.jpg" for number in numbers] for label in range(3)]
+    _save(images, base / "jpg")
+    thirds = np.split(np.arange(1, 3 * count + 1), [count // 3 * 3, 2 * count // 3 * 3])
+    savemat(base / "imagelabels.mat", {"labels": np.tile([1, 2, 3], count)})
+    savemat(base / "setid.mat", dict(zip(("trnid", "valid", "tstid"), thirds, strict=True)))
+
+
+def _pets(root, numbers):
+    base = root / "pets/oxford-iiit-pet"
+    images = [
+        [f"{breed}_{number}" for number in numbers] for breed in ("Abyssinian", "american_bulldog", "Egyptian_Mau")
+    ]
+    _save(images, base / "images", ".jpg")
+    (base / "annotations").mkdir()
+    lines = [f"{image} {label + 1} 1 1" for label, of_label in enumerate(images) for image in of_label[1:]]
+    for list_, part in (("trainval", lines[::2]), ("test", lines[1::2]), ("list", ["#Image CLASS-ID ...", *lines])):
+        (base / f"annotations/{list_}.txt").write_text("\n".join(part) + "\n")
+
+
+def _pubfig(root, numbers):
+    people = ("Adam Sandler", "Adriana Lima", "Alec Baldwin")
+    _save([[f"{name}/{number}.jpg" for number in numbers] for name in people], root / "pubfig/pubfig83")
+
+
+def _caltech256(root, numbers):
+    categories = ("001.ak47", "002.american-flag", "003.backpack", "257.clutter")
+    images = [[f"{name}/{name[:3]}_{number:04}.jpg" for number in numbers] for name in categories]
+    _save(images, root / "caltech256/256_ObjectCategories")
+
+
+def _dtd(root, numbers):
+    base = root / "dtd/dtd"
+    images = [[f"{name}/{name}_{number:04}.jpg" for number in numbers] for name in ("banded", "dotted", "zigzagged")]
+    _save(images, base / "images")
+    (base / "labels").mkdir()
+    _list(images, f"{base}/labels/{{}}1.txt", lambda image, _: image)
+
+
+def _save(images, folder, suffix=""):
+    """Write the images of each label, in its colour."""
+    from PIL import Image
+
+    random = np.random.default_rng(2)
+    for label, of_label in enumerate(images):
+        for image in of_label:
+            pixels = random.integers(0, 128, (30, 40, 3))
+            pixels[:, :, label % 3] += 127
+            (folder / image).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{image}{suffix}")
+
+
+def _list(images, pattern, line):
+    """Write a list of each split, a third of the images of each label; ``line(image, label)`` is a line of it."""
+    for position, split in enumerate(("train", "val", "test")):
+        lines = []
+        for label, of_label in enumerate(images):
+            third = slice(position * len(of_label) // 3, (position + 1) * len(of_label) // 3)
+            lines += [line(image, label) for image in of_label[third]]
+        Path(pattern.format(split)).write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture
