@@ -5,7 +5,7 @@ with it; a displacement ``W - W0`` is measured by the same call, since the map i
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Literal, Protocol
 
@@ -46,6 +46,11 @@ class OperatorNorms:
     spectral: float
     spectral_is: SpectralIs
     kernel_mars: float
+
+    def scaled(self, factor: float) -> "OperatorNorms":
+        """The norms of the map times a factor of 0 or more."""
+        values = {name: factor * value for name, value in asdict(self).items() if name != "spectral_is"}
+        return replace(self, **values)
 
 
 class LinearMap(Protocol):
