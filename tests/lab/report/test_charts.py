@@ -59,7 +59,7 @@ def test_curves_are_means_with_a_band(folders):
 
     # validation accuracies of epoch 1 are half of 60 % and of 80 %
     deviation = math.sqrt(2 * 5**2)
-    assert lines[0] == {"series": "none", "epoch": 1, "mean": 35.0, "low": pytest.approx(35 - deviation, abs=0.01),
+    assert lines[0] == {"series": "none", "place": 1, "mean": 35.0, "low": pytest.approx(35 - deviation, abs=0.01),
                         "high": pytest.approx(35 + deviation, abs=0.01)}  # fmt: skip
     assert len(bands) == len(lines) == 4
     assert [row["mean"] for row in rows(training.spec)[1]] == [30, 60, 90, 100]
@@ -80,7 +80,7 @@ def test_epochs_that_were_not_evaluated_are_left_out(folders):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     figure = figures(folders)["Learning curves"]
 
-    assert [row["epoch"] for row in rows(figure.charts[1].spec)[0]] == [3, 4]
+    assert [row["place"] for row in rows(figure.charts[1].spec)[0]] == [3, 4]
     assert [cell.text for cell in figure.table.rows[0]] == ["1", "30.0", "-"]
 
 

@@ -99,7 +99,7 @@ def test_markdown_says_the_same(demo):
     assert "**mars-pgm reached 75.6 ± 3.9 % test accuracy, +4.6 points over none on the same 3 seeds" in text
     assert (
         "| mars-pgm | relative radius 0.02 | flatten | 0.0005 | 1, 2, 3 | **75.6 ± 3.9 %** "
-        "| **+4.6 (+3.0 to +6.5)** | +4.4, +6.5, +3.0 | +0.6 (\N{MINUS SIGN}0.2 to +1.9) to l2-pgm | 22 s |" in text
+        "| **+4.6 (+3.0 to +6.5)** | +0.6 (\N{MINUS SIGN}0.2 to +1.9) to l2-pgm | +4.4, +6.5, +3.0 | 22 s |" in text
     )
     assert "      tethertune finetune lite0 fashion --method mars-pgm" in text
     assert "\n\n\n\n" not in text
@@ -132,7 +132,11 @@ def test_several_comparisons_are_sections_with_a_list_of_them(folders):
 
     page = Page(written(folders))
 
-    assert [attributes["href"] for attributes in page.all("a")][1:3] == ["#comparison-1", "#comparison-2"]
+    assert [attributes["href"] for attributes in page.all("a")][1:4] == [
+        "#overview",
+        "#comparison-1",
+        "#comparison-2",
+    ]
     assert "# Fine-tuning: 2 comparisons" in written(folders, "markdown")
 
 

@@ -2,7 +2,7 @@
 
 ::
 
-    runs -> grouping -> statistics -> answer, tables, movement -> charts, records -> render
+    runs -> grouping -> statistics -> answer, overview, tables, movement -> charts, records -> render
 """
 
 from collections.abc import Iterable

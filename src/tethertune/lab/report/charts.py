@@ -4,29 +4,43 @@ What many layers or seeds say is summed up here, so that the page stays small ho
 """
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import altair as alt
 
-from tethertune.lab.report import certificates, drawing, formats, movement, tables
+from tethertune.lab.report import (
+    certificates,
+    drawing,
+    formats,
+    frontier,
+    learning,
+    movement,
+    sweeps,
+    tables,
+    trials,
+)
 from tethertune.lab.report.drawing import Chart, Figure, Key, colour
 from tethertune.lab.report.grouping import Comparison, Group
-from tethertune.lab.report.statistics import Difference, Summary, summarise
+from tethertune.lab.report.statistics import Difference
 from tethertune.lab.report.tables import Cell, Table
 
 __all__ = ["figures"]
 
 _TEXT = "var(--text)"
 _MUTED = "var(--muted)"
-_CURVES = {"accuracy": "Training accuracy", "validation_accuracy": "Validation accuracy"}
 
 
 def figures(comparison: Comparison) -> list[Figure]:
     """All figures of a comparison for which it has data."""
-    made = (_accuracies(comparison), _curves(comparison), _distances(comparison), _held(comparison))
-    return [*(figure for figure in made if figure), *certificates.figures(comparison)]
+    made = (_accuracies(comparison), learning.figure(comparison), _distances(comparison), _held(comparison))
+    return [
+        *(figure for figure in made if figure),
+        *frontier.figures(comparison),
+        *sweeps.figures(comparison),
+        *trials.figures(comparison),
+        *certificates.figures(comparison),
+    ]
 
 
 def _accuracies(comparison: Comparison) -> Figure | None:
@@ -103,7 +117,7 @@ def _dots(
         if math.isfinite(value)
     ]
     labels = [comparison.labels[group] for group in groups]
-    y = alt.Y("series:N", title=None, scale=alt.Scale(domain=labels), axis=_label_axis())
+    y = alt.Y("series:N", title=None, scale=alt.Scale(domain=labels), axis=drawing.label_axis())
     tint = _tint(comparison, groups)
     tooltip = alt.Tooltip("series:N", title="method")
     origin = alt.Chart(drawing.data([{"zero": 0}] if zero else [])).mark_rule(color=_MUTED, strokeDash=[4, 4])
@@ -120,78 +134,8 @@ def _dots(
         mean.encode(x="mean:Q", y=y, color=tint, tooltip=[tooltip, alt.Tooltip("mean:Q", title=f"mean {title}")]),
     )
     told = "; ".join(f"{score.label} {formats.number(score.mean)}" for score in scores)
-    height = sum(16 + 13 * _lines(label) for label in labels)
+    height = sum(16 + 13 * drawing.label_lines(label) for label in labels)
     return Chart(title, drawing.spec(chart, f"{title} by method, mean over seeds: {told}.", height))
-
-
-def _curves(comparison: Comparison) -> Figure | None:
-    """Accuracy by epoch: mean over the seeds and one standard deviation each way."""
-    paths = {
-        measure: {group: path for group in comparison.groups if (path := _path(group, measure))} for measure in _CURVES
-    }
-    drawn = {measure: groups for measure, groups in paths.items() if groups}
-    if not drawn:
-        return None
-    keys = _legend(comparison)
-    charts = [_curve(comparison, keys, measure, groups) for measure, groups in drawn.items()]
-    columns = [(measure, group) for measure, groups in drawn.items() for group in groups]
-    epochs = sorted({epoch for groups in drawn.values() for path in groups.values() for epoch in path})
-    rows = [
-        [Cell(str(epoch)), *(Cell(_percent_at(drawn[measure][group], epoch)) for measure, group in columns)]
-        for epoch in epochs
-    ]
-    heads = [f"{_CURVES[measure]}, {comparison.labels[group]}" for measure, group in columns]
-    return Figure(
-        "Learning curves",
-        "Mean over the seeds; the band is one standard deviation each way. A button of the legend brings out its line.",
-        charts,
-        Table("Accuracy by epoch in percent, mean ± standard deviation", ("Epoch", *heads), rows),
-        keys,
-    )
-
-
-def _path(group: Group, measure: str) -> dict[int, Summary]:
-    """Summary over the seeds of a measure at each epoch where a seed has a finite value."""
-    values: dict[int, list[float]] = {}
-    for run in group.runs.values():
-        for line in run.metrics:
-            value = line.get(measure)
-            if value is not None and math.isfinite(value):
-                values.setdefault(line["epoch"], []).append(value)
-    return {epoch: summarise(values[epoch]) for epoch in sorted(values)}
-
-
-def _percent_at(path: dict[int, Summary], epoch: int) -> str:
-    return formats.spread(path[epoch]).removesuffix(" %") if epoch in path else "-"
-
-
-def _curve(comparison: Comparison, keys: Sequence[Key], measure: str, paths: dict[Group, dict[int, Summary]]) -> Chart:
-    title = _CURVES[measure]
-    rows = [
-        {
-            "series": comparison.labels[group],
-            "epoch": epoch,
-            "mean": drawing.rounded(100 * summary.mean),
-            "low": drawing.rounded(100 * max(summary.mean - summary.deviation, 0)),
-            "high": drawing.rounded(100 * min(summary.mean + summary.deviation, 1)),
-        }
-        for group, path in paths.items()
-        for epoch, summary in path.items()
-    ]
-    x = alt.X("epoch:Q", title="epoch", axis=alt.Axis(format="d", tickMinStep=1), scale=alt.Scale(nice=False))
-    y = alt.Y("mean:Q", title=f"{title}, %", scale=alt.Scale(zero=False))
-    faint = alt.condition(drawing.CHOSEN, alt.value(0.14), alt.value(0.02))
-    tooltip = [alt.Tooltip("series:N", title="method"), "epoch:Q", alt.Tooltip("mean:Q", title=f"{title}, %")]
-    band = alt.Chart(drawing.data([row for row in rows if row["low"] is not None])).mark_area(aria=False)
-    low = alt.Y("low:Q", title=f"{title}, %")
-    chart = drawing.choosable(
-        band.encode(x=x, y=low, y2="high:Q", color=drawing.tint(keys), opacity=faint),
-        *drawing.lines(rows, keys, x=x, y=y, tooltip=tooltip),
-    )
-    told = "; ".join(
-        f"{comparison.labels[group]} ends at {formats.accuracy(path[max(path)].mean)}" for group, path in paths.items()
-    )
-    return Chart(title, drawing.spec(chart, f"{title} by epoch, mean over seeds: {told}.", 260))
 
 
 def _distances(comparison: Comparison) -> Figure | None:
@@ -288,7 +232,7 @@ def _held(comparison: Comparison) -> Figure | None:
         }
         for group, found in held.items()
     ]
-    y = alt.Y("series:N", title=None, scale=alt.Scale(domain=labels), axis=_label_axis())
+    y = alt.Y("series:N", title=None, scale=alt.Scale(domain=labels), axis=drawing.label_axis())
     x = alt.X("layers:Q", title="at their radius, %", scale=alt.Scale(domain=[0, 100]), axis=alt.Axis(tickCount=5))
     tooltip = [
         alt.Tooltip("series:N", title="method"),
@@ -315,7 +259,7 @@ def _held(comparison: Comparison) -> Figure | None:
         f"{formats.share(found.rows_at_radius)} % of their rows"
         for group, found in held.items()
     )
-    height = sum(22 + 13 * _lines(label) for label in labels)
+    height = sum(22 + 13 * drawing.label_lines(label) for label in labels)
     return Figure(
         "Layers at their radius",
         "The bar is the share of constrained body layers that have a row at the radius (within 1 %), the diamond the "
@@ -332,27 +276,5 @@ def _held(comparison: Comparison) -> Figure | None:
     )
 
 
-def _legend(comparison: Comparison) -> list[Key]:
-    """One entry a group; groups of one method share its colour and differ in their dashes."""
-    seen: dict[str, int] = {}
-    keys = []
-    for group in comparison.groups:
-        place = seen[group.method] = seen.get(group.method, -1) + 1
-        dash = drawing.DASHES[place % len(drawing.DASHES)]
-        keys.append(Key(comparison.labels[group], colour(group.method), dash))
-    return keys
-
-
 def _tint(comparison: Comparison, groups: Sequence[Group]) -> alt.Color:
     return drawing.tint(Key(comparison.labels[group], colour(group.method), ()) for group in groups)
-
-
-def _label_axis() -> alt.Axis:
-    """Labels of several words go over several lines, which a narrow screen needs."""
-    return alt.Axis(
-        labelExpr="split(replace(datum.label, ')', ''), regexp(' [(]|, '))", labelLimit=170, ticks=False, domain=False
-    )
-
-
-def _lines(label: str) -> int:
-    return len(re.split(r" \(|, ", label))

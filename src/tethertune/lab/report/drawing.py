@@ -5,7 +5,8 @@ Every spec is as wide as its container.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,10 @@ __all__ = [
     "choosable",
     "colour",
     "data",
+    "label_axis",
+    "label_lines",
     "layered",
+    "legend",
     "lines",
     "rounded",
     "significant",
@@ -84,19 +88,57 @@ def tint(keys: Iterable[Key]) -> alt.Color:
     return alt.Color("series:N", legend=None, scale=scale)
 
 
+def legend(series: Mapping[str, str]) -> list[Key]:
+    """An entry for each label, whose method gives the colour; those of one method differ in their dashes."""
+    seen: dict[str, int] = {}
+    keys = []
+    for label, method in series.items():
+        place = seen[method] = seen.get(method, -1) + 1
+        keys.append(Key(label, colour(method), DASHES[place % len(DASHES)]))
+    return keys
+
+
 def lines(
-    rows: Sequence[dict[str, Any]], keys: Sequence[Key], *, x: alt.X, y: alt.Y, tooltip: Sequence[Any]
+    rows: Sequence[dict[str, Any]],
+    keys: Sequence[Key],
+    *,
+    x: alt.X,
+    y: alt.Y,
+    tooltip: Sequence[Any],
+    order: str | None = None,
 ) -> list[alt.Chart]:
-    """A line with dots for each series; rows have the key's label as their ``series``. Goes into :func:`choosable`."""
+    """A line with dots for each series; rows have the key's label as their ``series``. Goes into :func:`choosable`.
+
+    Args:
+        rows: What is drawn.
+        keys: The series.
+        x: The horizontal axis, along which a line goes unless ``order`` says otherwise.
+        y: The vertical axis.
+        tooltip: What a dot tells.
+        order: The field, with its type, along which a line goes.
+    """
     scale = alt.Scale(domain=[key.label for key in keys], range=[list(key.dash) for key in keys])
     bright = alt.condition(CHOSEN, alt.value(1), alt.value(0.12))
     line = alt.Chart(data(rows)).mark_line(strokeWidth=2.2)
     dots = alt.Chart(data(rows)).mark_circle(size=26)
     dash = alt.StrokeDash("series:N", legend=None, scale=scale)
+    path = {"order": order} if order else {}
     return [
-        line.encode(x=x, y=y, color=tint(keys), strokeDash=dash, opacity=bright),
+        line.encode(x=x, y=y, color=tint(keys), strokeDash=dash, opacity=bright, **path),
         dots.encode(x=x, y=y, color=tint(keys), opacity=bright, tooltip=list(tooltip)),
     ]
+
+
+def label_axis() -> alt.Axis:
+    """An axis of labels; those of several words go over several lines, which a narrow screen needs."""
+    return alt.Axis(
+        labelExpr="split(replace(datum.label, ')', ''), regexp(' [(]|, '))", labelLimit=170, ticks=False, domain=False
+    )
+
+
+def label_lines(label: str) -> int:
+    """How many lines a label takes up on such an axis."""
+    return len(re.split(r" \(|, ", label))
 
 
 def layered(*marks: alt.Chart) -> alt.LayerChart:

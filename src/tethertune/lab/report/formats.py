@@ -6,13 +6,27 @@ from typing import Any
 
 from tethertune.lab.report.statistics import Difference, Summary
 
-__all__ = ["AS_PRINTED", "accuracy", "duration", "fields", "interval", "number", "points", "share", "spread", "value"]
+__all__ = [
+    "AS_PRINTED",
+    "accuracy",
+    "duration",
+    "fields",
+    "interval",
+    "name",
+    "number",
+    "points",
+    "share",
+    "sizes",
+    "spread",
+    "value",
+]
 
 AS_PRINTED = "as printed, not a valid bound"
 """What is said of every bound that is computed as the paper prints it."""
 
 _MINUS = "\N{MINUS SIGN}"
 _WORDS = {"lr": "learning rate", "head_lr": "head learning rate", "head_radius": "head", "head_strength": "head"}
+_SPLITS = {"train": "training"}
 
 
 def number(value: float, form: str = ".1f") -> str:
@@ -54,6 +68,11 @@ def interval(difference: Difference) -> str:
     return f"{points(low)} to {points(high)}"
 
 
+def sizes(images: Mapping[str, int]) -> str:
+    """Images of each split: ``3,334 training, 3,333 validation, 3,333 test``."""
+    return ", ".join(f"{count:,} {_SPLITS.get(split, split)}" for split, count in images.items())
+
+
 def duration(seconds: float) -> str:
     """Seconds in the two largest units that matter: ``48 s``, ``3 min 20 s``, ``2 h 5 min``."""
     if not math.isfinite(seconds):
@@ -79,6 +98,11 @@ def value(setting: Any) -> str:
     if isinstance(setting, Mapping):
         return fields(setting) or "-"
     return str(setting)
+
+
+def name(setting: str) -> str:
+    """A configuration name in words: ``head radius``, ``learning rate``."""
+    return _WORDS[setting] if setting in ("lr", "head_lr") else setting.replace("_", " ")
 
 
 def fields(settings: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ __all__ = [
     "compare",
     "data_name",
     "identity",
+    "is_over",
     "outcome",
     "part",
     "rank",
@@ -62,7 +63,7 @@ _NEUTRAL = ("seed", "model", "weights", "data", *_MEASURES, *_BYSTANDERS)  # wei
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Finished runs that differ in their seed only.
+    """Runs that are over and differ in their seed only.
 
     Attributes:
         method: Name of the method.
@@ -218,6 +219,11 @@ def seedless(run: Run) -> dict[str, Any]:
     return {name: value for name, value in run.info["config"].items() if name != "seed" and name not in _BYSTANDERS}
 
 
+def is_over(run: Run) -> bool:
+    """Whether a run ended, with a result or because it diverged, which makes its accuracy NaN."""
+    return run.complete or run.diverged
+
+
 def identity(run: Run) -> dict[str, Any]:
     """All that makes the result of a run but its seed, by configuration name; data and weights by fingerprint."""
     config = _DEFAULTS | run.info["config"]
@@ -234,14 +240,14 @@ def _comparison(dataset: str, model: str, runs: Sequence[Run]) -> Comparison:
     trials = [run for run in runs if part(run).get("kind") == "trial"]
     sweeps = [run for run in runs if part(run).get("kind") == "sweep"]
     results = [run for run in runs if not part(run)]
-    unfinished = [run for run in results if not run.complete]
+    unfinished = [run for run in results if not is_over(run)]
     unfinished.sort(key=lambda run: (rank(run.info["config"]["method"]), run.info["config"]["seed"]))
-    settings, repeated = _settings(run for run in results if run.complete)
+    settings, repeated = _settings(run for run in results if is_over(run))
     return Comparison(dataset, model, settings, unfinished, repeated, trials, sweeps)
 
 
 def _settings(runs: Iterable[Run]) -> tuple[list[Setting], list[Run]]:
-    """Finished runs in settings, the main one first, and those that repeat the seed of another."""
+    """Runs that are over in settings, the main one first, and those that repeat the seed of another."""
     shared: dict[str, dict[str, Any]] = {}
     grouped: dict[str, dict[str, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
     repeated = []

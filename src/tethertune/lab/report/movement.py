@@ -115,8 +115,8 @@ class Held:
 
 
 def body(run: Run) -> Iterator[Layer]:
-    """The body layers of a finished run."""
-    for name, record in run.distances["layers"].items():
+    """The body layers of a run that is over; none of one that diverged."""
+    for name, record in run.distances.get("layers", {}).items():
         if record["role"] == "body":
             yield Layer(
                 name,

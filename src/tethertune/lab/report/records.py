@@ -1,20 +1,19 @@
 """Each run for the record: its configuration, the command that repeats it, its folder, and what it was made with."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from tethertune.lab.report import formats
-from tethertune.lab.report.grouping import Comparison, Group, outcome, seedless
+from tethertune.lab.report.grouping import Comparison, Group, is_over, outcome, seedless
 from tethertune.lab.runs import Run
 
 __all__ = ["Record", "Sheet", "Surroundings", "context"]
 
 _SHOWN_CLASSES = 20
-_SPLITS = {"train": "training"}
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,19 @@ class Sheet:
 def context(comparison: Comparison) -> str:
     """What the comparison is made of, in a line: images, classes, runs."""
     finished = [run for group in comparison.groups for run in group.runs.values()]
-    data = (finished or comparison.unfinished)[0].info["data"]
+    known = [*finished, *comparison.unfinished, *comparison.trials, *comparison.sweeps]
+    data = known[0].info["data"]
     runs = "1 finished run" if len(finished) == 1 else f"{len(finished)} finished runs"
-    return f"{len(data['classes'])} classes; {_sizes(data)} images; {runs}"
+    told = [f"{len(data['classes'])} classes", f"{formats.sizes(data['sizes'])} images", runs, *_apart(comparison)]
+    return "; ".join(told)
+
+
+def _apart(comparison: Comparison) -> Iterator[str]:
+    """The runs that are no results, in numbers."""
+    if trials := len(comparison.trials):
+        yield f"{trials} {'trial' if trials == 1 else 'trials'} of searches, in no mean"
+    if sweeps := len(comparison.sweeps):
+        yield f"{sweeps} {'run' if sweeps == 1 else 'runs'} of sweeps, in their figure alone"
 
 
 class Surroundings:
@@ -82,20 +91,27 @@ class Surroundings:
     def record(self, run: Run, label: str) -> Record:
         """The record of a run, finished or not."""
         folder = Path(os.path.relpath(run.path.resolve(), self._home)).as_posix()
-        facts = _outcome(run) if run.complete else [("status", _progress(run))]
+        facts = _outcome(run) if is_over(run) else [("status", _progress(run))]
         made_on = ("made on", f"machine {self._described.index(_surroundings(run)) + 1}")
         return Record(label, [*facts, made_on], str(run.info.get("command", "")), folder, quote(folder) + "/")
 
 
 def _outcome(run: Run) -> list[tuple[str, str]]:
     return [
+        *([("status", "diverged, so its accuracy is not finite")] if run.diverged else []),
         ("test", formats.accuracy(outcome(run, "test_accuracy"))),
-        ("validation", formats.accuracy(outcome(run, "validation_accuracy"))),
+        (_validation(run), formats.accuracy(outcome(run, "validation_accuracy"))),
         ("training", formats.accuracy(outcome(run, "train_accuracy"))),
         ("time", formats.duration(outcome(run, "seconds"))),
         ("speed", f"{formats.number(outcome(run, 'images_per_second'), '.0f')} images/s"),
         ("peak memory", f"{formats.number(outcome(run, 'peak_memory_bytes') / 2**20, '.0f')} MiB"),
     ]
+
+
+def _validation(run: Run) -> str:
+    """What to call the accuracy on the validation images, which some runs were trained on."""
+    both = run.info["config"].get("train_on") == "train+validation"
+    return "validation (trained on)" if both else "validation"
 
 
 def _progress(run: Run) -> str:
@@ -108,17 +124,13 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     classes = list(map(str, data["classes"]))
     named = ", ".join(classes[:_SHOWN_CLASSES]) + (", ..." if len(classes) > _SHOWN_CLASSES else "")
     facts = [
-        ("images", f"{data['name']}: {_sizes(data)}; {data['fingerprint']}"),
+        ("images", f"{data['name']}: {formats.sizes(data['sizes'])}; {data['fingerprint']}"),
         (f"{len(classes)} classes", named),
         ("model", f"{model['name']}, {_count(model.get('parameters'))} parameters, from {model['source']}"),
         ("pre-trained weights", f"sha256 {model['weights_sha256']}" if model.get("weights_sha256") else "none"),
     ]
     constraint: Mapping[str, Any] | None = run.info.get("constraint")
     return [*facts, ("constraint", str(constraint["summary"]))] if constraint else facts
-
-
-def _sizes(data: Mapping[str, Any]) -> str:
-    return ", ".join(f"{size:,} {_SPLITS.get(split, split)}" for split, size in data["sizes"].items())
 
 
 def _count(parameters: int | None) -> str:

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tethertune.lab.report import charts, page, records, tables
+from altair.utils import schemapi
+
+from tethertune.lab.report import charts, frontier, page, paper_tables, records, sweeps, tables, trials
 from tethertune.lab.report.answer import Answer, answer, tether
 from tethertune.lab.report.drawing import Figure
 from tethertune.lab.report.grouping import Comparison
+from tethertune.lab.report.overview import Overview, overview
 from tethertune.lab.report.records import Record, Sheet
 from tethertune.lab.report.tables import Table
 from tethertune.lab.runs import Run
@@ -16,15 +19,27 @@ __all__ = ["html", "markdown"]
 
 
 @dataclass(frozen=True)
+class _Content:
+    """The whole report, ready to be printed."""
+
+    title: str
+    overview: Overview | None
+    paper: Sequence[Table]
+    notes: Sequence[str]
+    sections: "Sequence[_Section]"
+    machines: Sequence[str]
+
+
+@dataclass(frozen=True)
 class _Section:
-    """One comparison, ready to be printed."""
+    """One comparison; the tables are those that an HTML page has within its figures."""
 
     title: str
     context: str
     answer: Answer
     tether: Sequence[str]
     results: Table | None
-    held: Table | None
+    tables: Sequence[Table]
     figures: Sequence[Figure]
     sheets: Sequence[Sheet]
     unfinished: Sequence[Record]
@@ -38,8 +53,7 @@ def html(comparisons: Sequence[Comparison], home: Path) -> str:
         comparisons: What to report.
         home: The folder of the page, which links to run folders are relative to.
     """
-    sections, machines = _sections(comparisons, home, with_figures=True)
-    return page.html("report.html.j2", title=_title(sections), sections=sections, machines=machines)
+    return page.html("report.html.j2", **vars(_content(comparisons, home, with_figures=True)))
 
 
 def markdown(comparisons: Sequence[Comparison], home: Path) -> str:
@@ -49,16 +63,21 @@ def markdown(comparisons: Sequence[Comparison], home: Path) -> str:
         comparisons: What to report.
         home: The folder of the file, which links to run folders are relative to.
     """
-    sections, machines = _sections(comparisons, home, with_figures=False)
-    return page.markdown("report.md.j2", title=_title(sections), sections=sections, machines=machines)
+    return page.markdown("report.md.j2", **vars(_content(comparisons, home, with_figures=False)))
 
 
-def _sections(comparisons: Sequence[Comparison], home: Path, *, with_figures: bool) -> tuple[list[_Section], list[str]]:
+def _content(comparisons: Sequence[Comparison], home: Path, *, with_figures: bool) -> _Content:
     every = [run for comparison in comparisons for group in comparison.groups for run in group.runs.values()]
     every += [run for comparison in comparisons for run in (*comparison.unfinished, *comparison.repeated)]
     surroundings = records.Surroundings(home, every)
-    return [_section(comparison, surroundings, with_figures=with_figures) for comparison in comparisons], (
-        surroundings.described
+    sections = [_section(comparison, surroundings, with_figures=with_figures) for comparison in comparisons]
+    return _Content(
+        title=_title(sections),
+        overview=overview(comparisons),
+        paper=paper_tables.paper_tables(comparisons),
+        notes=paper_tables.notes(comparisons),
+        sections=sections,
+        machines=surroundings.described,
     )
 
 
@@ -69,12 +88,28 @@ def _section(comparison: Comparison, surroundings: records.Surroundings, *, with
         answer=answer(comparison),
         tether=tether(comparison),
         results=tables.results(comparison) if comparison.settings else None,
-        held=tables.held(comparison),
-        figures=charts.figures(comparison) if with_figures and comparison.settings else (),
+        tables=_tables(comparison),
+        figures=_figures(comparison) if with_figures else (),
         sheets=[surroundings.sheet(comparison, group) for group in comparison.groups],
         unfinished=[surroundings.record(run, _name(run)) for run in comparison.unfinished],
         repeated=[surroundings.record(run, _name(run)) for run in comparison.repeated],
     )
+
+
+def _figures(comparison: Comparison) -> list[Figure]:
+    """All figures, without Altair's check of every part against the grammar, which takes most of the time."""
+    with schemapi.debug_mode(False):
+        return charts.figures(comparison)
+
+
+def _tables(comparison: Comparison) -> list[Table]:
+    held = tables.held(comparison)
+    return [
+        *([held] if held else []),
+        *frontier.tables(comparison),
+        *sweeps.tables(comparison),
+        *trials.tables(comparison),
+    ]
 
 
 def _name(run: Run) -> str:

@@ -47,8 +47,8 @@ def results(comparison: Comparison) -> Table:
         "Seeds",
         "Test accuracy",
         "Difference to none (95 % interval)",
-        "Difference by seed",
         "To the best other (95 % interval)",
+        "Difference by seed",
         "Time a run",
     ]
     rows = [
@@ -86,8 +86,8 @@ def _row(comparison: Comparison, setting: Setting, group: Group, *, others: Sequ
         Cell(formats.value(list(group.runs))),
         Cell(accuracy(group), strong=comparison.is_clear_winner(group)),
         _change(difference),
-        Cell(", ".join(map(formats.points, difference.by_seed.values())) if difference else "-"),
         _change(lead, f" to {rival.method}" if rival else ""),
+        Cell(", ".join(map(formats.points, difference.by_seed.values())) if difference else "-"),
         Cell(formats.duration(_mean_seconds(group))),
     ]
 
