@@ -1,0 +1,183 @@
+"""Make a comparison: search where values are not given, train once a seed, measure the rest, write the report.
+
+Everything that was done is found again in run folders and in the studies' database, so that the same command goes on
+where it was stopped, however it was stopped.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tethertune.errors import NonFiniteWeightError, RunInUseError
+from tethertune.lab.comparison import Cell, Comparison, Interpolate
+from tethertune.lab.config import FinetuneConfig
+from tethertune.lab.executors import EXECUTORS
+from tethertune.lab.overview import Overview, Plan
+from tethertune.lab.runs import Run, RunFolder, load
+
+if TYPE_CHECKING:
+    from tethertune.lab.search import Search
+
+__all__ = ["plan", "run"]
+
+_POLL = 1.0
+"""Seconds between looks at a run that another process makes."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One run, to be made somewhere: what it belongs to, its kind, and a call that returns what came out in a line."""
+
+    cell: Cell
+    kind: str
+    call: Callable[[], str]
+
+
+@dataclass
+class _Course:
+    """The jobs of a cell, one batch after the other, and how many of the present batch are not done."""
+
+    batches: Iterator[list[_Job]]
+    open: int = 0
+
+
+def plan(comparison: Comparison) -> list[Plan]:
+    """How many trials, runs and runs of curves each cell has."""
+    return [
+        Plan(
+            cell=cell,
+            trial=comparison.trials(cell),
+            run=len(comparison.seeds) * max(1, len(cell.given)),
+            sweep=len(comparison.swept(cell, {})) * max(1, len(cell.given)),
+        )
+        for cell in comparison.cells
+    ]
+
+
+def run(comparison: Comparison, *, quiet: bool = False) -> Path:
+    """Make all that is not made yet, and write the report.
+
+    Args:
+        comparison: What to compare.
+        quiet: Show nothing.
+
+    Returns:
+        The report.
+
+    Raises:
+        TethertuneError: What a run raises, but for one that diverges: that is told in the report.
+    """
+    from tethertune.lab.report import write
+
+    workers = 1 if comparison.executor == "local" else comparison.workers
+    comparison.output.mkdir(parents=True, exist_ok=True)
+    pool = EXECUTORS[comparison.executor](workers)
+    with Overview(plan(comparison), workers, quiet=quiet) as view:
+        try:
+            _make(comparison, pool.submit, workers, view)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    made = [comparison.output / name for name in ("runs", "sweeps") if (comparison.output / name).exists()]
+    return write(made, comparison.output / "report.html")
+
+
+def _make(comparison: Comparison, submit: Callable[..., "Future[str]"], workers: int, view: Overview) -> None:
+    """Go through the courses of all cells, as few as keep the workers busy at a time, so that cells end early."""
+    courses = deque(_Course(_course(comparison, cell, view)) for cell in comparison.cells)
+    ready: deque[tuple[_Job, _Course]] = deque()
+    running: dict[Future[str], tuple[_Job, _Course, float]] = {}
+
+    def advance(course: _Course) -> None:
+        jobs = next((jobs for jobs in course.batches if jobs), [])
+        course.open = len(jobs)
+        ready.extendleft((job, course) for job in reversed(jobs))
+
+    while courses or ready or running:
+        while len(running) < workers and (ready or courses):
+            if ready:
+                job, course = ready.popleft()
+                running[submit(job.call)] = job, course, time.monotonic()
+            else:
+                advance(courses.popleft())
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            job, course, began = running.pop(future)
+            view.done(job.cell, job.kind, future.result(), time.monotonic() - began)
+            course.open -= 1
+            if course.open == 0:
+                advance(course)
+
+
+def _course(comparison: Comparison, cell: Cell, view: Overview) -> Iterator[list[_Job]]:
+    """The jobs of a cell that are not done yet: its trials one by one, then all that counts, then its curves."""
+    choices: tuple[Mapping[str, Any], ...] = cell.given or ({},)
+    if comparison.trials(cell):
+        search = _search(comparison, cell)
+        view.skip(cell, "trial", search.finished())
+        while search.finished() < search.settings.trials:
+            yield [_Job(cell, "trial", search.advance)]
+        choices = (search.best().values,)
+    back = comparison.interpolate if comparison.interpolate and comparison.interpolate.scope.holds(cell.task) else None
+    for kind, runs in (
+        ("run", [(config, None) for values in choices for config in comparison.final(cell, values)]),
+        ("sweep", [run for values in choices for run in comparison.swept(cell, values)]),
+    ):
+        calls = [
+            partial(_finish, config, part, back if kind == "run" and back and config.seed in back.scope.seeds else None)
+            for config, part in runs
+        ]
+        left = [call for call in calls if not _is_done(call.args[0], call.args[2])]
+        view.skip(cell, kind, len(calls) - len(left))
+        yield [_Job(cell, kind, call) for call in left]
+
+
+def _search(comparison: Comparison, cell: Cell) -> "Search":
+    from tethertune.lab.search import Search, storage_url, study_name
+
+    assert comparison.search is not None
+    return Search(
+        config=cell.base,
+        settings=comparison.search,
+        output=comparison.output,
+        storage=storage_url(comparison.output, comparison.storage),
+        name=study_name(cell.base, comparison.search),
+        workers=1,
+        quiet=True,
+    )
+
+
+def _is_done(config: FinetuneConfig, back: Interpolate | None) -> bool:
+    """Whether a run is there, with its interpolations."""
+    folder = RunFolder(config)
+    if folder.status() != "complete":
+        return folder.status() == "diverged"
+    return back is None or {*back.alphas} <= {line["alpha"] for line in load(folder.path).interpolations}
+
+
+def _finish(config: FinetuneConfig, part: Mapping[str, Any] | None, back: Interpolate | None) -> str:
+    """Make one run and measure its interpolations; tells what came out, in a line."""
+    try:
+        made = _finetune(config, part)
+    except NonFiniteWeightError:
+        return f"seed {config.seed} diverged"
+    if back is not None:
+        from tethertune.lab.interpolation import measure
+
+        measure(made.path, back.alphas, retain=back.retain, retain_size=back.retain_size)
+    words = "" if part is None else f"{part['key']} {part['value']:g}, "
+    return f"{words}seed {config.seed}, test accuracy {made.info['outcome']['test_accuracy']:.1%}"
+
+
+def _finetune(config: FinetuneConfig, part: Mapping[str, Any] | None) -> Run:
+    """Make a run, after another process that makes it has ended, if one does."""
+    from tethertune.lab.training import finetune
+
+    while True:
+        try:
+            return finetune(config, quiet=True, part=part)
+        except RunInUseError:
+            time.sleep(_POLL)
