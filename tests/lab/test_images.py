@@ -127,6 +127,15 @@ def test_files_without_an_image_are_refused_by_name(tmp_path, name, contents, re
         images.read(tmp_path / name)
 
 
+def test_an_image_inside_another_file(photo, tmp_path):
+    photo.save(tmp_path / "image.png")
+    content = (tmp_path / "image.png").read_bytes()
+    assert np.array_equal(np.asarray(images.read(tmp_path / "shard.tar/7.png", content)), np.asarray(photo))
+    for broken, reason in ((b"", "the file is empty"), (b"text", "in no image format")):
+        with pytest.raises(DataError, match=rf"shard\.tar/7\.png as an image: .*{reason}"):
+            images.read(tmp_path / "shard.tar/7.png", broken)
+
+
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".gif", ".tif", ".bmp", ".webp"])
 def test_truncated_files_are_refused_by_name(photo, tmp_path, suffix):
     path = tmp_path / f"half{suffix}"

@@ -1,6 +1,7 @@
 """One image file becomes one upright RGB array of the size that the network wants."""
 
 import math
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +22,27 @@ _LONGEST = 100
 """The longer side of an image is at most this many times the shorter one."""
 
 
-def read(path: Path) -> Image.Image:
+def read(path: Path, content: bytes | None = None) -> Image.Image:
     """Decode an image file: 8-bit RGB, rotated as its EXIF orientation says.
 
     16-bit images are scaled to 8 bits; transparent pixels are laid on white; of an animation the first frame is taken.
+
+    Args:
+        path: The file.
+        content: What is in it, if it is part of another file; ``path`` then only names it.
 
     Raises:
         DataError: The file is empty, truncated, no image, in a colour space without a known range, or too large: more
             pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, or one side over 100 times the other.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else BytesIO(content)) as image:
             _check_sides(*image.size)
             return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's decoders raise nearly anything when a file is broken
-        raise DataError(f"cannot use {path} as an image: {_reason(path, error)}. Repair it or take it away.") from error
+        raise DataError(
+            f"cannot use {path} as an image: {_reason(path, content, error)}. Repair it or take it away."
+        ) from error
 
 
 def fit(
@@ -99,8 +106,8 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values / 257).astype(np.uint8))
 
 
-def _reason(path: Path, error: Exception) -> str:
-    if path.is_file() and path.stat().st_size == 0:
+def _reason(path: Path, content: bytes | None, error: Exception) -> str:
+    if content == b"" or (path.is_file() and path.stat().st_size == 0):
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError):
         return "it is in no image format that the installed Pillow reads"

@@ -8,7 +8,9 @@ def test_what_is_no_folder_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"'fashon' is not a folder.*Did you mean 'fashion'"):
         sources.find("fashon")
     (tmp_path / "file.zip").write_bytes(b"PK")
-    with pytest.raises(DataError, match="is not a folder; give a folder of images or one of fashion, digits, aircraft"):
+    with pytest.raises(
+        DataError, match="is not a folder; give a folder of images, hf:NAME, or one of fashion, digits, aircraft"
+    ):
         sources.find(str(tmp_path / "file.zip"))
 
 

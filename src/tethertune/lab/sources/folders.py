@@ -9,17 +9,9 @@ from numpy.typing import NDArray
 
 from tethertune.errors import DataError
 from tethertune.lab import images
-from tethertune.lab.sources.source import Source
+from tethertune.lab.sources.source import SPLIT_OF_WORD, Source
 
 __all__ = ["folder", "unlabelled"]
-
-_SPLIT_OF_FOLDER = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "test": "test",
-}
 
 
 def folder(root: Path) -> Source:
@@ -107,8 +99,8 @@ def _scan(root: Path) -> Source:
 def _split_folders(root: Path) -> dict[str, Path]:
     """The folder of each split; a folder of classes is all ``train``."""
     folders = {path.name: path for path in _subfolders(root)}
-    named = [name for name in folders if name in _SPLIT_OF_FOLDER]
-    strangers = [name for name in folders if name not in _SPLIT_OF_FOLDER]
+    named = [name for name in folders if name in SPLIT_OF_WORD]
+    strangers = [name for name in folders if name not in SPLIT_OF_WORD]
     if not named or (strangers and len(named) == 1):  # the one may be a class: a vehicle called train
         return {"train": root}
     if strangers:
@@ -118,7 +110,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
         )
     if "train" not in named:
         raise DataError(f"{root} has {', '.join(named)} but no train folder; name the training images' folder train.")
-    splits = {_SPLIT_OF_FOLDER[name]: folders[name] for name in named}
+    splits = {SPLIT_OF_WORD[name]: folders[name] for name in named}
     if len(splits) < len(named):
         raise DataError(f"{root} has more than one validation folder; keep one of val, valid and validation.")
     return {split: splits[split] for split in ("train", "validation", "test") if split in splits}

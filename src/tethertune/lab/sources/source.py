@@ -1,6 +1,6 @@
 """What a data set is before anything is decoded: which images there are, of which classes, in which splits."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["Source"]
+from tethertune.errors import DataError
+
+__all__ = ["SPLIT_OF_WORD", "Source", "check_classes"]
+
+SPLIT_OF_WORD = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "test": "test",
+}
+"""What people call the splits, in the order in which these are listed."""
 
 
 @dataclass(frozen=True)
@@ -39,3 +50,20 @@ class Source:
     cropped: bool = False
     ignored: int = 0
     split: str = "as the data comes"
+
+
+def check_classes(
+    data: object, classes: Sequence[str], labels: NDArray[np.int64], splits: Mapping[str, NDArray[np.int64]]
+) -> None:
+    """Every class has a training image.
+
+    Raises:
+        DataError: One has none, or there are fewer than two.
+    """
+    if len(classes) < 2:
+        raise DataError(f"{data} has {len(classes)} classes; two or more are needed.")
+    counts = np.bincount(labels[splits["train"]], minlength=len(classes))
+    if not counts.all():
+        raise DataError(
+            f"class {classes[int(counts.argmin())]!r} of {data} has no training images; take the class out."
+        )
