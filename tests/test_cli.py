@@ -17,7 +17,7 @@ from tethertune import cli
 from tethertune.errors import DataError, NonFiniteWeightError
 from tethertune.lab.config import FinetuneConfig, load_toml
 
-COMMANDS = ["finetune", "distances", "certify", "interpolate", "report", "config", "demo"]
+COMMANDS = ["finetune", "distances", "certify", "bounds", "interpolate", "report", "config", "demo"]
 
 
 def processor_seconds_of_children():
@@ -97,6 +97,9 @@ class TestErrors:
             (["certify", "x", "--loss", "cross-entropy"], "ramp"),
             (["certify", "x", "--loss", "clipped-ce", "--margin", "1"], "--margin 1.0 goes with --loss ramp"),
             (["certify", "x", "--mode", "measured"], "declared"),
+            (["bounds", "--output", "bounds.svg"], "--output bounds.svg is no HTML file: name the file to write"),
+            (["bounds", "--seed", "-1"], "--seed -1 is not allowed: use a whole number from 0"),
+            (["bounds", "resnet19"], "'resnet19' is neither a known network nor a file or folder."),
         ],
     )
     def test_bad_input(self, tethertune, words, message):
@@ -304,3 +307,29 @@ class TestCertify:
         assert code == 0
         assert "No certificate: blocks.3.0.se" in out
         assert "conv_head.weight" in out
+
+
+class TestBounds:
+    @pytest.fixture(autouse=True)
+    def few(self, monkeypatch):
+        """Two points in place of all, which take a minute."""
+        from tethertune.lab import growth
+
+        measure = growth.measure
+        few = {"samples": 2, "depths": (), "widths": (0.125,), "resolutions": (), "distances": (0.02,)}
+        monkeypatch.setattr(growth, "measure", lambda model, *, seed: measure(model, seed=seed, **few))
+
+    def test_tables_and_a_page(self, tethertune, tmp_path):
+        code, out, err = tethertune("bounds", "--output", tmp_path / "bounds.html", "--seed", 3)
+        assert (code, err) == (0, "")
+        assert out.splitlines()[-1] == str(tmp_path / "bounds.html")
+        for words in ("random weights, seed 3", "width 0.125", "distance 0.02", "Theorem 2 (as", "(2,1)"):
+            assert words in out
+        assert "How each bound grows" in (tmp_path / "bounds.html").read_text(encoding="utf-8")
+
+    def test_json(self, tethertune):
+        code, out, _ = tethertune("bounds", "--json")
+        found = json.loads(out)
+        assert code == 0
+        assert [point["sweep"] for point in found["points"]] == ["width", "distance"]
+        assert found["points"][0]["bounds"]["Theorem 2 (as printed)"] > 20

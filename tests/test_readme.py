@@ -19,7 +19,7 @@ from tethertune.lab.config import FinetuneConfig
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 SHOWING_COMMANDS = [*DOCUMENTS, ROOT / "Makefile", ROOT / "src/tethertune/cli.py"]
-COMMAND = re.compile(r"tethertune (?:finetune|distances|report|certify|config|demo)\b[^`#>&;|\n]*")
+COMMAND = re.compile(r"tethertune (?:finetune|distances|report|certify|bounds|config|demo)\b[^`#>&;|\n]*")
 
 name_of = {"ids": lambda path: str(path.relative_to(ROOT)) if isinstance(path, Path) else ""}
 
@@ -144,7 +144,9 @@ def test_every_command_is_shown():
 def test_flags_are_there(path):
     flags = {f"--{item.name.replace('_', '-')}" for item in fields(FinetuneConfig)}
     flags |= {
-        name for command in ("finetune", "distances", "report", "certify") for name in names_of_options(app[command])
+        name
+        for command in ("finetune", "distances", "report", "certify", "bounds")
+        for name in names_of_options(app[command])
     }
     shown = re.findall(r"`(--[a-z-]+)[^`]*`", path.read_text(encoding="utf-8"))
     assert set(shown) <= flags | {"--help", "--debug"}

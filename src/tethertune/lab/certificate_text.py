@@ -54,7 +54,7 @@ def _summary(found: Certificate) -> list[str]:
         f"  expected loss <= {total}{', which bounds the error of new images too' if found.bounds_error else ''}",
         _verdict(found),
     ]
-    if found.vacuous:
+    if found.vacuous and found.samples_needed_log10 > math.log10(found.samples):
         lines.append(
             f"Twice the complexity would be half of the range with 10^{found.samples_needed_log10:.1f} images."
         )
@@ -62,11 +62,11 @@ def _summary(found: Certificate) -> list[str]:
 
 
 def _verdict(found: Certificate) -> str:
-    if found.vacuous:
+    if not found.vacuous:
+        return "NOT VACUOUS."
+    if found.gap_log10 >= math.log10(found.loss_range):
         return "VACUOUS: the gap alone reaches the range of the loss."
-    if found.total is None or found.total >= found.loss_range:
-        return "VACUOUS: the gap is below the range of the loss, but with the empirical loss it reaches it."
-    return "NOT VACUOUS."
+    return "VACUOUS: the gap is below the range of the loss, but with the empirical loss it reaches it."
 
 
 def _first(moving: Sequence[LayerReport]) -> Table:

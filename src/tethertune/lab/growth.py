@@ -17,6 +17,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from tethertune.errors import ConfigurationError
 from tethertune.lab import batches, images, models, sources
 from tethertune.lab.models import LoadedModel
 from tethertune.theory import Bound, OperatorNorms, Ramp
@@ -127,10 +128,12 @@ def measure(
         distances: Parts of each layer's norm that it may move by.
 
     Raises:
-        ConfigurationError: An unknown network, or one that does not take images of these sizes.
+        ConfigurationError: An unknown network, one that does not take images of these sizes, or a seed out of range.
         NotCoveredError: A network with a node that no bound is proven for.
         CheckpointError: The published weights cannot be read or downloaded.
     """
+    if not 0 <= seed < 2**32:
+        raise ConfigurationError(f"--seed {seed} is not allowed: use a whole number from 0 to {2**32 - 1}.")
     random = _Random(seed)
     base = random.network(_BASE) if model is None else models.load(model, classes=_CLASSES, size=_SIZE, seed=seed)
     found = [*_over_depth(depths, random, samples), *_over_width(widths, random, samples)]

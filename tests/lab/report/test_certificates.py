@@ -68,7 +68,7 @@ def test_a_vacuous_certificate_says_so(certified, gap, words):
 def test_a_gap_that_leaves_no_room_above_the_empirical_loss_is_vacuous_too(certified):
     [path] = certified.root.rglob("certificate.json")
     found = json.loads(path.read_text())
-    found["certificate"]["total"] = 1.0
+    found["certificate"] |= {"total": 1.0, "vacuous": True}
     path.write_text(json.dumps(found))
 
     assert "It is vacuous" in figures(certified)[0].text

@@ -39,12 +39,12 @@ def _text(found: Mapping[str, Any]) -> str:
     """What the certificate says, in words."""
     gap = _number(found["gap"])
     total = _number(found["total"])
-    verdict = "It is vacuous" if found["vacuous"] or found["total"] >= found["loss_range"] else "It is not vacuous"
+    verdict = "It is vacuous" if found["vacuous"] else "It is not vacuous"
     return (
         f"With probability {1 - found['delta']:g} over the draw of the {found['samples']} training images, the "
         f"expected loss ({found['loss']}) is at most the empirical loss {found['empirical_loss']:.4f} plus a gap of "
         f"{gap}: {total}. {verdict}. {found['mode'].capitalize()} radii; the confidence term is "
-        f"{found['confidence']:.4f}. Bounds are on the complexity (a gap is twice that and the confidence term) "
+        f"{found['confidence']:.4f}. Bounds are of the complexity (a gap is twice that and the confidence term) "
         f"except where marked. Those of the paper are {formats.AS_PRINTED}: they leave out a term."
     )
 
