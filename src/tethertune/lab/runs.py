@@ -86,8 +86,10 @@ class Run:
     @property
     def config(self) -> FinetuneConfig:
         """The configuration that the run was made from."""
-        given = self.info["config"]
-        return FinetuneConfig(**{key: float(value) if value == "inf" else value for key, value in given.items()})
+        given: dict[str, Any] = {
+            key: float(value) if value == "inf" else value for key, value in self.info["config"].items()
+        }
+        return FinetuneConfig(**given)
 
 
 def load(path: str | Path) -> Run:
