@@ -9,6 +9,7 @@ import errno
 import inspect
 import os
 import sys
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from itertools import pairwise
@@ -22,6 +23,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from tethertune import __version__
 from tethertune.errors import ConfigurationError, NonFiniteWeightError, TethertuneError
 from tethertune.lab.config import FinetuneConfig, load_toml
+from tethertune.lab.space import SearchConfig, require_free
 
 if TYPE_CHECKING:
     from tethertune.lab.distances import Comparison
@@ -46,6 +48,11 @@ PANELS = {
     "Output": ("task", "output", "checkpoint_every"),
 }
 """The panels of ``tethertune finetune --help``, and the configuration keys shown in each."""
+
+SEARCH_PANELS = {
+    "Search": ("trials", "sampler", "startup", "space", "tune_lr", "lr_range", "objective", "prune", "seed"),
+}
+"""The panel that ``tethertune search --help`` has besides; ``--seed`` is one option, of the runs and of the search."""
 
 _BAD_PLACE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
@@ -130,11 +137,23 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     The words under a key are its help. Parameters default to ``None``, not given, so that a file's values count, and
     the configuration checks them, all at once.
     """
-    groups = {panel: Group.create_ordered(panel) for panel in PANELS}
-    panels = {key: groups[panel] for panel, keys in PANELS.items() for key in keys}
-    hints, notes = get_type_hints(FinetuneConfig), _notes(FinetuneConfig)
+    return _with_fields(command, FinetuneConfig, PANELS)
+
+
+def _with_search_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The same, and one parameter for each key of a search."""
+    return _with_options(_with_fields(command, SearchConfig, SEARCH_PANELS))
+
+
+def _with_fields(
+    command: Callable[..., None], config: type[Any], shown_in: Mapping[str, Sequence[str]]
+) -> Callable[..., None]:
+    """Give a command one keyword parameter for each field of a dataclass, shown in panels, and no ``**options``."""
+    groups = {panel: Group.create_ordered(panel) for panel in shown_in}
+    panels = {key: groups[panel] for panel, keys in shown_in.items() for key in keys}
+    hints, notes = get_type_hints(config), _notes(config)
     parameters = {name: p for name, p in inspect.signature(command).parameters.items() if name != "options"}
-    for item in fields(FinetuneConfig):
+    for item in fields(config):
         hint = str if get_origin(hints[item.name]) is Literal else hints[item.name]
         default = False if item.default in (MISSING, None, ()) else str(item.default)
         about = Parameter(help=notes[item.name], group=panels[item.name], show_default=default)
@@ -167,7 +186,7 @@ def finetune(
     Example: tethertune finetune lite0 photos/ --method mars-pgm --radius 8 --head-radius 12 --epochs 30 --seed 0
     """
     given = {"model": model, "data": data, **options}
-    settings = _settings(config, {key: value for key, value in given.items() if value is not None})
+    settings = _settings(config, _present(given))
     from tethertune.lab import training
 
     run = training.finetune(settings, fresh=fresh)
@@ -187,14 +206,66 @@ def _kept(retention: Mapping[str, Any]) -> str:
     return f"{retention['share']:.2%} of {retention['confident']} confident pre-trained answers kept"
 
 
-def _settings(file: Path | None, given: dict[str, Any]) -> FinetuneConfig:
+def _present(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given."""
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _settings(file: Path | None, given: dict[str, Any], command: str = "finetune") -> FinetuneConfig:
     """The configuration of a TOML file, if there is one, with what was given on the command line instead of it."""
     if file is not None:
         return load_toml(file, given)
     for name in ("model", "data"):
         if name not in given:
-            raise ConfigurationError(f"{name.upper()} is missing: tethertune finetune MODEL DATA, or --config FILE.")
+            raise ConfigurationError(f"{name.upper()} is missing: tethertune {command} MODEL DATA, or --config FILE.")
     return FinetuneConfig(**given)
+
+
+@app.command(usage="Usage: tethertune search MODEL DATA [OPTIONS]")
+@_with_search_options
+def search(
+    model: str | None = None,
+    data: str | None = None,
+    /,
+    *,
+    config: Annotated[
+        Path | None, Parameter(help="TOML file with options of tethertune finetune as keys; flags override it.")
+    ] = None,
+    study: Annotated[
+        str | None, Parameter(help="Name of the study. Not given: one of data, model, method and a hash.")
+    ] = None,
+    storage: Annotated[
+        str | None,
+        Parameter(help="URL of a database for the study, any that Optuna takes. Not given: OUTPUT/search.db."),
+    ] = None,
+    workers: Annotated[int, Parameter(help="Processes that make trials; several commands may share a study too.")] = 1,
+    json: Annotated[bool, Parameter(negative=(), show_default=False, help="Print JSON instead of text.")] = False,
+    **options: Any,
+) -> None:
+    """Choose the hyper-parameters of a method by trials, each a run of MODEL on DATA that is not tested.
+
+    A search that was stopped goes on where it was when the same command is given again.
+
+    Example: tethertune search lite0 photos/ --method mars-pgm --trials 20 --tune-lr --epochs 30
+    """
+    from_file = set() if config is None else set(_settings_keys(config))
+    given = _present({"model": model, "data": data, **options})
+    of_search = {item.name: given[item.name] for item in fields(SearchConfig) if item.name in given}
+    of_runs = {item.name: given[item.name] for item in fields(FinetuneConfig) if item.name in given}
+    runs = _settings(config, of_runs, "search")
+    settings = SearchConfig(**of_search | {"seed": runs.seed})
+    require_free(from_file | of_runs.keys(), runs.method, settings)
+    from tethertune.lab import search as searching
+    from tethertune.lab.story import result
+
+    found = searching.run(runs, settings, storage=storage, study=study, workers=workers)
+    _say(dumps(found.to_dict(), indent=2, allow_nan=False) if json else result(found))
+
+
+def _settings_keys(file: Path) -> list[str]:
+    """The keys in a TOML file."""
+    load_toml(file, {"model": "-", "data": "-"})  # tells what is wrong with it
+    return [*tomllib.loads(file.read_text(encoding="utf-8"))]
 
 
 @app.command
@@ -413,10 +484,10 @@ def compare(
         storage: URL of an Optuna database for the searches. Not given: search.db in the output folder.
         dry_run: Print the plan, and what it will cost, and make nothing.
     """
-    from tethertune.lab import comparison
+    from tethertune.lab import comparison_file
 
     given = {"output": output, "executor": executor, "workers": workers, "storage": storage}
-    wanted = comparison.load(config, {key: value for key, value in given.items() if value is not None})
+    wanted = comparison_file.load(config, {key: value for key, value in given.items() if value is not None})
     if dry_run:
         from tethertune.lab import forecast
 

@@ -229,7 +229,7 @@ class Search:
                 f" {len(ended)} diverged. Search lower learning rates: --lr, or --tune-lr with --lr-range LOW HIGH."
             )
         assert best.value is not None
-        values = _values(best.params)
+        values = studies.short(best.params)
         return Best(
             values=values,
             value=best.value,
@@ -263,7 +263,7 @@ class Search:
 
     def _make(self, study: studies.SharedStudy, trial: Trial, searched: Space, story: Story) -> str:
         """Ask for the values of a trial that this process holds, run it, and tell what came out, in a line too."""
-        values = _values({d.key: trial.suggest_float(d.key, d.low, d.high, log=True) for d in searched})
+        values = studies.short({d.key: trial.suggest_float(d.key, d.low, d.high, log=True) for d in searched})
         config = self._of_trial(values)
         watch = _Watch(trial, self.settings) if self.settings.prune else None
         part = {"kind": "trial", "study": self.name, "number": trial.number}
@@ -384,11 +384,6 @@ def _drop_states(config: FinetuneConfig) -> None:
                 folder.drop_states()
         except RunInUseError:
             return
-
-
-def _values(params: Mapping[str, float]) -> dict[str, float]:
-    """Four significant digits of what was proposed: what is printed is what was used."""
-    return {key: float(f"{value:.4g}") for key, value in params.items()}
 
 
 def _in_processes(work: Callable[[], None], count: int) -> None:

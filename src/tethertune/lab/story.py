@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterable, Mapping
 from statistics import median
+from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -10,7 +11,10 @@ from tethertune.lab.display import Display
 from tethertune.lab.space import SearchConfig
 from tethertune.lab.studies import SharedStudy, diverged
 
-__all__ = ["Story", "figure", "flags"]
+if TYPE_CHECKING:
+    from tethertune.lab.search import Best
+
+__all__ = ["Story", "figure", "flags", "result"]
 
 
 class Story:
@@ -76,6 +80,28 @@ class Story:
             return "diverged"
         objective = self._settings.objective
         return f"validation {objective} {figure(trial.value, objective)}"
+
+
+def result(best: "Best") -> str:
+    """What a search found, and the command that trains with it."""
+    counts = ((best.finished, "finished"), (best.pruned, "stopped early"), (best.diverged, "diverged"))
+    told = ", ".join(f"{count} {what}" for count, what in counts if count)
+    lines = [
+        f"Study {best.study} in {best.storage}: trials {told}",
+        f"Best validation {best.objective}: {figure(best.value, best.objective)}, of trial {best.trial}",
+    ]
+    for dimension in best.space:
+        value = best.values[dimension.key]
+        edge = dimension.edge(value)
+        hint = f": at the {edge} end, where a wider range may hold a better one" if edge else ""
+        name = dimension.key.replace("_", " ")
+        lines.append(f"  {name} {value:g} (searched from {dimension.low:.4g} to {dimension.high:.4g}{hint})")
+    if best.finished > 1:
+        lines.append(
+            f"The best of {best.finished} on the same validation images flatters: quote the test accuracy of a run of"
+            " its own, over several seeds."
+        )
+    return "\n".join([*lines, "This trains with it:", best.config.command()])
 
 
 def figure(value: float | None, objective: str) -> str:

@@ -29,7 +29,17 @@ from tethertune.lab import files
 from tethertune.lab.randomness import generator
 from tethertune.lab.runs import locked
 
-__all__ = ["DIVERGED", "SharedStudy", "SteadySampler", "connect", "diverged", "finished_trials", "open_study", "shown"]
+__all__ = [
+    "DIVERGED",
+    "SharedStudy",
+    "SteadySampler",
+    "connect",
+    "diverged",
+    "finished_trials",
+    "open_study",
+    "short",
+    "shown",
+]
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -71,10 +81,12 @@ class SteadySampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Propose it."""
+        """Propose it; what was proposed before is left to :meth:`sample_independent`, which is random in gp."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Clip non-finite values")  # the loss of trials that diverged
-            return self._sampler(trial).sample_relative(study, trial, search_space)
+            proposal = self._sampler(trial).sample_relative(study, trial, search_space)
+        others = (other.params for other in study.get_trials(deepcopy=False) if other.number != trial.number)
+        return {} if short(proposal) in map(short, others) else proposal
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -97,7 +109,7 @@ def connect(url: str) -> RDBStorage:
         except ImportError as error:
             raise MissingExtraError(
                 f"--storage {shown(url)} needs a package that is not installed ({error.__cause__ or error}): pip"
-                " install it. For PostgreSQL: 'psycopg[binary]', and a URL postgresql+psycopg://USER@HOST/NAME."
+                " install it. For PostgreSQL: 'psycopg[binary]'."
             ) from error
         except (ArgumentError, ValueError, TypeError) as error:
             raise ConfigurationError(
@@ -160,6 +172,11 @@ def finished_trials(url: str, name: str) -> int:
     except KeyError:
         return 0
     return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
+
+
+def short(params: Mapping[str, float]) -> dict[str, float]:
+    """Four significant digits of what was proposed: what is printed is what is used."""
+    return {key: float(f"{value:.4g}") for key, value in params.items()}
 
 
 class SharedStudy:
