@@ -499,6 +499,33 @@ def compare(
 
 
 @app.command
+def prepare(
+    data: str,
+    *,
+    model: str | None = None,
+    size: int | None = None,
+    interpolation: str | None = None,
+    resize: Literal["crop", "stretch"] = "crop",
+    cache: Path | None = None,
+) -> None:
+    """Find or download DATA, check every image, and decode them once for all runs.
+
+    Example: tethertune prepare aircraft --model tf_efficientnet_b0.aa_in1k
+
+    Args:
+        data: What tethertune finetune takes: a folder, fashion, digits, aircraft, ...
+        model: The network that images are decoded for. Not given, and no size either: images are only checked.
+        size: Side of the images in pixels. Not given: the network's own.
+        interpolation: How pixels are interpolated. Not given: the network's own, or bilinear without a network.
+        resize: How photos become square: crop (the centre) or stretch (everything, out of shape).
+        cache: Folder of decoded images. Not given: tethertune in the user's cache folder.
+    """
+    from tethertune.lab.prepare import prepare as make_ready
+
+    _say(str(make_ready(data, model=model, size=size, interpolation=interpolation, resize=resize, cache=cache)))
+
+
+@app.command
 def config(file: Path | None = None) -> None:
     """Print the complete configuration that FILE stands for, defaults included, as TOML.
 

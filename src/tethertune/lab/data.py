@@ -13,7 +13,7 @@ from tethertune.errors import ConfigurationError
 from tethertune.lab import cache as image_cache
 from tethertune.lab import images, sources, splits
 
-__all__ = ["Dataset", "Resize", "Split", "TrainOn", "load"]
+__all__ = ["Dataset", "Resize", "Split", "TrainOn", "check", "how_split", "load"]
 
 Resize = Literal["crop", "stretch"]
 """How photos become square: ``"crop"`` cuts the centre out, ``"stretch"`` keeps everything and loses the shape."""
@@ -117,7 +117,7 @@ def load(
         ConfigurationError: A number or name is not allowed, or more images are to be kept than some class has.
         DataError: The folder, a class or an image cannot be used, or the cache cannot be written.
     """
-    _check(size, interpolation, crop_fraction, resize, train_on)
+    check(size, interpolation, crop_fraction, resize, train_on)
     source = sources.find(data)
     members = splits.complete(source.splits, source.labels, source.classes, seed)
     for split, key, kind, count, chance in (
@@ -146,12 +146,12 @@ def load(
         classes=source.classes,
         fingerprint=fingerprint,
         ignored=source.ignored,
-        split=_how_split(source, seed),
+        split=how_split(source, seed),
         **{split: Split(store, chosen, labels[split]) for split, chosen in members.items()},
     )
 
 
-def _how_split(source: sources.Source, seed: int) -> str:
+def how_split(source: sources.Source, seed: int) -> str:
     """What the source says of its splits, and which of them :func:`splits.complete` made."""
     missing = [split for split in ("validation", "test") if split not in source.splits]
     if not missing:
@@ -160,7 +160,12 @@ def _how_split(source: sources.Source, seed: int) -> str:
     return held_out if len(missing) == 2 else f"{source.split}, {held_out}"
 
 
-def _check(size: int, interpolation: str, crop_fraction: float, resize: str, train_on: str) -> None:
+def check(size: int, interpolation: str, crop_fraction: float, resize: str, train_on: str = "train") -> None:
+    """Check what decides how images are decoded.
+
+    Raises:
+        ConfigurationError: A number or name is not allowed.
+    """
     if size < 1:
         raise ConfigurationError(f"size = {size}; give the side of the images in pixels, 1 or more.")
     if not 0 < crop_fraction <= 1:
