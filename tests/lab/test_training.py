@@ -107,6 +107,7 @@ def test_a_run_leaves_exactly_these_files_with_these_contents(tiny):
     assert card.startswith('---\nlibrary_name: "timm"\n')
     assert config.command() in card
     assert run.info["data"]["fingerprint"] in card
+    assert run.info["data"]["split"] == "as the data comes"
 
 
 def test_it_learns_what_can_be_learnt(tiny):

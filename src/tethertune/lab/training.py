@@ -601,6 +601,7 @@ class Training:
                 "name": dataset.name,
                 "classes": list(dataset.classes),
                 "sizes": dataset.sizes,
+                "split": dataset.split,
                 "fingerprint": dataset.fingerprint,
             },
             "model": {
