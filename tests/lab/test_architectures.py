@@ -5,10 +5,11 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torchvision import models as torchvision_models
 
 from tethertune.errors import CheckpointError, ConfigurationError
-from tethertune.lab import architectures, checkpoints
+from tethertune.lab import architectures, checkpoints, models
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,14 @@ def offline(monkeypatch, tmp_path):
 
 
 class TestFind:
-    @pytest.mark.parametrize("name", ["lite0", "resnet10t", "resnet10t.c3_in1k", "torchvision:resnet18"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("lite0", "resnet10t", "resnet10t.c3_in1k", "torchvision:resnet18"),
+            *("resnet101.tv_in1k", "tf_efficientnet_b0.aa_in1k"),  # the nearest to the paper's
+            *("torchvision:resnet101.IMAGENET1K_V1", "torchvision:efficientnet_b0.IMAGENET1K_V1"),
+        ],
+    )
     def test_known_names(self, name):
         assert architectures.is_known(name)
         assert architectures.find(name).name == name
@@ -40,6 +48,7 @@ class TestFind:
             ("lite1", "'lite0'"),
             ("torchvision:resnet19", "'torchvision:resnet18'"),
             ("resnet18.a1_in2k", "'resnet18.a1_in1k'"),
+            ("torchvision:resnet101.IMAGENET1K_V3", "'torchvision:resnet101.IMAGENET1K_V2'"),
         ],
     )
     def test_suggests_what_is_close(self, name, suggestion):
@@ -67,6 +76,20 @@ class TestPreprocessing:
         assert wanted == architectures.Preprocessing(
             (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 240, "bilinear", 240 / 255
         )
+
+    def test_those_nearest_to_the_paper(self):
+        for name, interpolation in (("resnet101.tv_in1k", "bilinear"), ("tf_efficientnet_b0.aa_in1k", "bicubic")):
+            wanted = architectures.find(name).preprocessing()
+            assert wanted == architectures.Preprocessing(
+                (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224, interpolation, 0.875
+            )
+
+    def test_torchvision_by_its_weights(self):
+        first, second = (
+            architectures.find(f"torchvision:resnet101.IMAGENET1K_V{number}").preprocessing() for number in (1, 2)
+        )
+        assert (first.crop, second.crop) == (224 / 256, 224 / 232)
+        assert architectures.find("torchvision:resnet101").preprocessing() == second
 
 
 class TestBuild:
@@ -208,6 +231,29 @@ class TestPublished:
         ):
             architectures.find("torchvision:resnet18").published()
 
+    @pytest.mark.parametrize(
+        ("name", "file"),
+        [
+            ("torchvision:resnet101.IMAGENET1K_V1", "resnet101-63fe2227.pth"),
+            ("torchvision:resnet101", "resnet101-cd907fc2.pth"),
+            ("torchvision:efficientnet_b0", "efficientnet_b0_rwightman-7f5810bc.pth"),
+        ],
+    )
+    def test_the_files_of_torchvision(self, offline, name, file):
+        path = offline / "torch" / "hub" / "checkpoints" / file
+        path.parent.mkdir(parents=True)
+        path.touch()
+        assert architectures.find(name).published().path == path
+
+    @pytest.mark.parametrize("name", ["resnet101.tv_in1k", "tf_efficientnet_b0.aa_in1k"])
+    def test_the_repositories_of_those_nearest_to_the_paper(self, offline, name):
+        snapshot = offline / "hub" / f"models--timm--{name}" / "snapshots" / ("0" * 40)
+        snapshot.mkdir(parents=True)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+        (snapshot / "model.safetensors").write_bytes(b"weights")
+        assert architectures.find(name).published().source == f"timm/{name}"
+
     def test_url_that_was_downloaded_before(self, offline):
         path = offline / "torch" / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
         path.parent.mkdir(parents=True)
@@ -219,3 +265,34 @@ class TestPublished:
             CheckpointError, match="botnet50ts_256 has no published weights: give your own with --weights"
         ):
             architectures.find("botnet50ts_256").published()
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("resnet101.tv_in1k", "safetensors"),
+        ("resnet101.tv_in1k", "bin"),
+        ("tf_efficientnet_b0.aa_in1k", "safetensors"),
+        ("tf_efficientnet_b0.aa_in1k", "bin"),
+        ("torchvision:resnet101.IMAGENET1K_V1", "pth"),
+        ("torchvision:efficientnet_b0", "pth"),
+    ],
+)
+def test_the_papers_networks_take_weights_from_disk(tmp_path, name, suffix):
+    """Random weights with 1,000 classes, in the files that the libraries publish theirs in."""
+    path = tmp_path / f"weights.{suffix}"
+    registered = name.partition(".")[0].removeprefix("torchvision:")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if name.startswith("torchvision:"):
+            trained = torchvision_models.get_model(registered, weights=None)
+        else:
+            trained = timm.create_model(registered)
+    state = trained.state_dict()
+    save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+    loaded = models.load(name, classes=7, size=64, weights=path)
+    assert (loaded.name, loaded.source) == (name, str(path))
+    body = {key: tensor for key, tensor in loaded.model.state_dict().items() if not key.startswith(loaded.head)}
+    assert len(body) == len(state) - 2
+    assert all(torch.equal(tensor, state[key]) for key, tensor in body.items())
+    assert loaded.model.get_submodule(loaded.head).out_features == 7

@@ -207,11 +207,14 @@ class _Lite0(_Timm):
 
 
 class _Torchvision(Architecture):
-    """A classification network of torchvision, named ``torchvision:NAME``."""
+    """A classification network of torchvision, named ``torchvision:NAME``, or ``torchvision:NAME.WEIGHTS``.
+
+    Without WEIGHTS, e.g. ``IMAGENET1K_V1``, its published weights are those that torchvision calls the default.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self._registered = name.removeprefix(_TORCHVISION)
+        self._registered, _, self._tag = name.removeprefix(_TORCHVISION).partition(".")
         has_auxiliary = self._registered in ("googlenet", "inception_v3")
         self._options = {"aux_logits": False, "init_weights": False} if has_auxiliary else {}
 
@@ -219,7 +222,8 @@ class _Torchvision(Architecture):
     def _published(self) -> Any:
         from torchvision.models import get_model_weights
 
-        return get_model_weights(self._registered).DEFAULT
+        weights = get_model_weights(self._registered)
+        return weights[self._tag] if self._tag else weights.DEFAULT
 
     def create(self, classes: int, size: int | None, state: dict[str, Tensor] | None = None) -> nn.Module:
         from torchvision.models import get_model
@@ -257,15 +261,18 @@ _HUB_PICKLE = "pytorch_model.bin"
 def is_known(name: str) -> bool:
     """Whether :func:`find` knows the name."""
     if name.startswith(_TORCHVISION):
-        return name in _torchvision_names()
+        return name.partition(".")[0] in _torchvision_names()
     return name == "lite0" or bool(timm.is_model(name))
 
 
 def find(name: str) -> Architecture:
     """The architecture of a name: a timm name, ``torchvision:NAME``, or ``lite0``.
 
+    The first two may end in a dot and the tag of published weights: ``resnet101.tv_in1k``,
+    ``torchvision:resnet101.IMAGENET1K_V1``.
+
     Raises:
-        ConfigurationError: An unknown name or timm tag, with those that are close.
+        ConfigurationError: An unknown name or tag, with those that are close.
     """
     if not is_known(name):
         close = did_you_mean(name, ["lite0", *timm.list_models(), *_torchvision_names()])
@@ -275,22 +282,27 @@ def find(name: str) -> Architecture:
         )
     if name == "lite0":
         return _Lite0()
-    if name.startswith(_TORCHVISION):
-        return _Torchvision(name)
+    library = "torchvision" if name.startswith(_TORCHVISION) else "timm"
     base, _, tag = name.partition(".")
-    tags = timm.models.list_pretrained(f"{base}.*")
+    tags = _torchvision_tags(base) if library == "torchvision" else timm.models.list_pretrained(f"{base}.*")
     if tag and name not in tags:
         raise ConfigurationError(
-            f"{name!r}: timm has no weights {tag!r} of {base}.{did_you_mean(name, tags)}"
+            f"{name!r}: {library} has no weights {tag!r} of {base}.{did_you_mean(name, tags)}"
             f" There are {', '.join(tags) or 'none'}."
         )
-    return _Timm(name)
+    return _Torchvision(name) if library == "torchvision" else _Timm(name)
 
 
 def _torchvision_names() -> list[str]:
     from torchvision import models
 
     return [f"{_TORCHVISION}{name}" for name in models.list_models(module=models)]
+
+
+def _torchvision_tags(base: str) -> list[str]:
+    from torchvision.models import get_model_weights
+
+    return [f"{base}.{weights.name}" for weights in get_model_weights(base.removeprefix(_TORCHVISION))]
 
 
 def _wrong_size(name: str, size: int | None, reason: object) -> ConfigurationError:
