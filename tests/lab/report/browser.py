@@ -83,6 +83,12 @@ class Browser:
         self.wait("document.readyState === 'complete'")
         self.wait("[...document.querySelectorAll('figure')].every((figure) => figure.querySelector('svg'))")
 
+    def forget(self):
+        """Leave the page, and forget what pages wrote and asked for."""
+        self.call("Page.navigate", url="about:blank")
+        self.console.clear()
+        self.requests.clear()
+
     def evaluate(self, expression):
         """The value of a JavaScript expression, awaited."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)

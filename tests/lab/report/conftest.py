@@ -234,3 +234,31 @@ def certified(folders):
     folder = folders.add(0.75, method="mars-pgm", seed=1, relative_radius=0.02)
     (folder / "certificate.json").write_text(json.dumps(certificate()))
     return folders
+
+
+@pytest.fixture
+def whole(folders):
+    """Two tasks with everything that a report shows: searches, sweeps, gradients, retention, interpolations."""
+    for task, gain in (("pets", 0.0), ("flowers", 0.05)):
+        for method, accuracy, values in (("none", 0.7, {}), ("mars-pgm", 0.75, {"radius": 0.3, "head_radius": 3.0})):
+            _add_cell(folders, task, method, accuracy + gain, values)
+    return folders
+
+
+def _add_cell(folders, task, method, accuracy, values):
+    shared = {"method": method, "data": task, "model": "resnet101"}
+    for seed in (1, 2, 3):
+        folder = folders.add(
+            accuracy + 0.01 * seed, seed=seed, retention=0.4, gradients=(2.0, None), place="runs", **values, **shared
+        )
+        between = {"alpha": 0.5, "test_accuracy": accuracy - 0.05, "retention": retained(0.7)}
+        (folder / "interpolations.json").write_text(json.dumps([between]))
+    for number, rate in enumerate((1e-4, 1e-3)):
+        trial = {"kind": "trial", "study": f"{task}-{method}", "number": number}
+        folders.add(None, validation=accuracy, part=trial, place="trials", **values, **shared, lr=rate)
+        sweep = {"kind": "sweep", "key": "lr", "value": rate}
+        folders.add(accuracy, part=sweep, place="sweeps", **values, **shared, lr=rate)
+    for value in (0.1, 10.0) if values else ():
+        sweep = {"kind": "sweep", "key": "strengths", "value": value}
+        multiplied = {name: value * radius for name, radius in values.items()}
+        folders.add(accuracy, part=sweep, place="sweeps", **multiplied, **shared)

@@ -1,8 +1,5 @@
 import json
-import math
 from importlib import resources
-
-import pytest
 
 from tethertune.lab import runs
 from tethertune.lab.methods import METHODS
@@ -49,39 +46,6 @@ def test_accuracies_are_drawn_as_they_are(demo):
         {"series": "mars-pgm", "seed": 2, "value": 6.5},
         {"series": "mars-pgm", "seed": 3, "value": 3.0},
     ]
-
-
-def test_curves_are_means_with_a_band(folders):
-    folders.add(0.6, seed=1)
-    folders.add(0.8, seed=2)
-    training, validation = figures(folders)["Learning curves"].charts
-    bands, lines, _ = rows(validation.spec)
-
-    # validation accuracies of epoch 1 are half of 60 % and of 80 %
-    deviation = math.sqrt(2 * 5**2)
-    assert lines[0] == {"series": "none", "place": 1, "mean": 35.0, "low": pytest.approx(35 - deviation, abs=0.01),
-                        "high": pytest.approx(35 + deviation, abs=0.01)}  # fmt: skip
-    assert len(bands) == len(lines) == 4
-    assert [row["mean"] for row in rows(training.spec)[1]] == [30, 60, 90, 100]
-
-
-def test_one_seed_has_no_band(folders):
-    folders.add(0.6)
-
-    spec = figures(folders)["Learning curves"].charts[1].spec
-
-    assert [layer["mark"]["type"] for layer in spec["layer"]] == ["line", "circle"]
-
-
-def test_epochs_that_were_not_evaluated_are_left_out(folders):
-    folder = folders.add(0.6)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    lines[0]["validation_accuracy"] = lines[1]["validation_accuracy"] = None
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    figure = figures(folders)["Learning curves"]
-
-    assert [row["place"] for row in rows(figure.charts[1].spec)[0]] == [3, 4]
-    assert [cell.text for cell in figure.table.rows[0]] == ["1", "30.0", "-"]
 
 
 def test_a_radius_is_a_dashed_line_that_no_bar_crosses(demo):

@@ -67,3 +67,36 @@ def test_context(folders):
     [comparison] = compare(runs.find([folders.root]))
 
     assert context(comparison) == "2 classes; 100 training, 300 validation, 1,000 test images; 1 finished run"
+
+
+def test_runs_that_are_no_results_are_counted(folders):
+    folders.add(0.7)
+    for number in range(2):
+        folders.add(None, part={"kind": "trial", "study": "s", "number": number}, lr=1e-3 + number)
+    folders.add(0.7, part={"kind": "sweep", "key": "lr", "value": 1e-2}, lr=1e-2)
+    [comparison] = compare(runs.find([folders.root]))
+
+    assert context(comparison).endswith(
+        "1 finished run; 2 trials of searches, in no mean; 1 run of sweeps, in their figure alone"
+    )
+
+
+def test_a_run_that_diverged_says_so(folders, tmp_path):
+    folders.add(None, status="diverged")
+    [comparison] = compare(runs.find([folders.root]))
+    group = comparison.groups[0]
+
+    facts = dict(Surroundings(tmp_path, group.runs.values()).sheet(comparison, group).records[0].facts)
+
+    assert facts["status"].startswith("diverged")
+    assert facts["test"] == "NaN"
+
+
+def test_a_validation_accuracy_of_images_that_were_trained_on_is_named_so(folders, tmp_path):
+    folders.add(0.7, train_on="train+validation")
+    [comparison] = compare(runs.find([folders.root]))
+    group = comparison.groups[0]
+
+    facts = dict(Surroundings(tmp_path, group.runs.values()).sheet(comparison, group).records[0].facts)
+
+    assert facts["validation (trained on)"] == "70.0 %"

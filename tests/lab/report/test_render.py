@@ -156,3 +156,52 @@ def test_a_page_of_unfinished_runs_only(folders):
 
     assert "No run is complete" in written(folders)
     assert "No run is complete" in written(folders, "markdown")
+
+
+def test_the_answer_over_all_tasks_comes_first(whole):
+    page = Page(written(whole))
+    told = "".join(page.texts)
+
+    assert told.index("Over 2 tasks, mars-pgm has the best mean rank 1 of 2") < told.index("Table 2, ResNet-101")
+    assert told.index("Table 2, ResNet-101") < told.index("mars-pgm reached")
+
+
+def test_markdown_has_every_table(whole):
+    text = written(whole, "markdown")
+    captions = [line.removeprefix("### ") for line in text.splitlines() if line.startswith("### ")]
+
+    assert captions[:2] == [
+        "Test accuracy by method and task, mean ± standard deviation over the seeds",
+        "Table 2, ResNet-101: resnet101 beside the paper",
+    ]
+    assert captions[3:9] == [
+        "Test accuracy of resnet101 on flowers",
+        "Constrained body layers at the end of training",
+        "Test accuracy and retention by interpolation, mean ± standard deviation",
+        "Test accuracy in percent by multiple of the chosen values, mean ± standard deviation",
+        "Test accuracy in percent by learning rate, mean ± standard deviation",
+        "The best trial of each search",
+    ]
+    assert "\n\n\n\n" not in text
+
+
+def test_tables_of_markdown_have_as_many_cells_in_every_row(whole):
+    tables = re.findall(r"(?:^\|.*\n)+", written(whole, "markdown"), re.MULTILINE)
+
+    assert len(tables) > 10
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+def test_a_page_of_trials_only(folders):
+    folders.add(None, validation=0.6, part={"kind": "trial", "study": "s", "number": 0})
+
+    assert "No run is complete" in written(folders)
+    assert "The best trial of each search" in written(folders, "markdown")
+
+
+def test_a_run_that_diverged_is_told(folders):
+    folder = folders.add(None, status="diverged")
+    (folder / "metrics.jsonl").write_text("")
+
+    assert "No run has a finite test accuracy" in written(folders)

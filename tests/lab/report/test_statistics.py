@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tethertune.lab.report.statistics import bootstrap_interval, paired, summarise
+from tethertune.lab.report.statistics import bootstrap_interval, paired, ranks, summarise
 
 
 def test_mean_and_sample_deviation_by_hand():
@@ -102,3 +102,16 @@ def test_a_difference_to_a_run_without_accuracy_is_not_finite():
 
     assert math.isnan(difference.mean)
     assert difference.interval is None
+
+
+def test_ranks_by_hand():
+    assert ranks({"a": 0.5, "b": 0.7, "c": 0.5, "d": 0.1}) == {"a": 2.5, "b": 1, "c": 2.5, "d": 4}
+    assert ranks({}) == {}
+
+
+@given(st.dictionaries(st.text(max_size=3), st.sampled_from((0.1, 0.2, 0.3)), min_size=1))
+def test_ranks_add_up_and_fall_as_values_rise(values):
+    found = ranks(values)
+
+    assert sum(found.values()) == pytest.approx(len(values) * (len(values) + 1) / 2)
+    assert all((found[a] < found[b]) == (values[a] > values[b]) for a in values for b in values)

@@ -226,10 +226,7 @@ def _robustness(comparison: Comparison) -> Iterator[str]:
     other = max(plain, key=lambda group: group.summary.mean, default=None)
     difference = other.minus(best) if other else None
     if other is None or difference is None or difference.interval is None:
-        yield (
-            "It does not replace a good head and a tuned learning rate: with a pooled, zero-initialised head plain "
-            "fine-tuning is hard to beat, and these runs do not test whether it is here."
-        )
+        yield _at_a_good_head(comparison, best)
     elif difference.beyond_noise and difference.mean < 0:
         yield (
             f"Another head or learning rate did not do the same: {comparison.labels[other]} stayed "
@@ -247,6 +244,22 @@ def _robustness(comparison: Comparison) -> Iterator[str]:
                 f"What it bought is robustness: its {formats.points(gained.mean)} points over {BASELINE} came without "
                 "touching head or learning rate."
             )
+
+
+def _at_a_good_head(comparison: Comparison, best: Group) -> str:
+    """What a ball gains with a pooled head and tuned learning rates, or that the runs do not test it."""
+    gained = comparison.difference(best)
+    is_tested = comparison.settings[0].fields.get("head") == "pool" and comparison.has_tuned_rates
+    if is_tested and gained and gained.interval:
+        return (
+            "These runs test it where plain fine-tuning is hard to beat, with a pooled, zero-initialised head and a "
+            f"learning rate chosen for each method: {comparison.labels[best]} is at {gap(gained)} against {BASELINE}, "
+            f"{_likeness(gained)}."
+        )
+    return (
+        "It does not replace a good head and a tuned learning rate: with a pooled, zero-initialised head plain "
+        "fine-tuning is hard to beat, and these runs do not test whether it is here."
+    )
 
 
 def _or_lowest(value: float) -> float:

@@ -1,7 +1,7 @@
 """Accuracy on the new task against what the network still knows, for every method and its interpolations."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from tethertune.lab.report.tables import Cell, Table
 from tethertune.lab.runs import Run
 
 __all__ = ["Point", "figures", "points", "tables"]
+
+_BEFORE = 2.0
+"""Stands for the place of a run before it was interpolated: before that of its end, which is 1."""
 
 _COLUMNS = ("Method", "Alpha", "Seeds", "Test accuracy", "Retention", "Cross-entropy to the pre-trained answers")
 _TEXT = (
@@ -30,7 +33,7 @@ class Point:
     """A group at one interpolation.
 
     Attributes:
-        alpha: 1 for the fine-tuned network, 0 for the pre-trained body.
+        alpha: 1 for the fine-tuned network, 0 for the pre-trained body; a mean where each run chose its own.
         accuracy: Test accuracy over the seeds.
         retention: Share of the pre-trained answers that stay, over the same seeds.
         cross_entropy: Cross-entropy to those answers, over the same seeds.
@@ -44,14 +47,15 @@ class Point:
 
 def points(group: Group) -> list[Point]:
     """The points of a group, by falling alpha; none where retention was not measured."""
-    by_alpha: dict[float, list[tuple[float, ...]]] = {}
+    by_place: dict[float, list[tuple[float, ...]]] = {}
     for run in group.runs.values():
-        for alpha, figures in _measured(run).items():
-            by_alpha.setdefault(alpha, []).append(figures)
-    return [
-        Point(alpha, *(summarise(values) for values in zip(*by_alpha[alpha], strict=True)))
-        for alpha in sorted(by_alpha, reverse=True)
-    ]
+        for place, figures in _measured(run).items():
+            by_place.setdefault(place, []).append(figures)
+    made = []
+    for place in sorted(by_place, reverse=True):
+        alphas, *measures = zip(*by_place[place], strict=True)
+        made.append(Point(math.fsum(alphas) / len(alphas), *map(summarise, measures)))
+    return made
 
 
 def figures(comparison: Comparison) -> list[Figure]:
@@ -99,7 +103,7 @@ def _table(comparison: Comparison, found: Mapping[Group, Sequence[Point]]) -> Ta
     rows = [
         [
             Cell(comparison.labels[group], method=group.method),
-            Cell(formats.number(point.alpha, "g")),
+            Cell(formats.number(point.alpha, ".3g")),
             Cell(str(point.accuracy.count)),
             Cell(formats.spread(point.accuracy)),
             Cell(formats.spread(point.retention)),
@@ -114,26 +118,29 @@ def _table(comparison: Comparison, found: Mapping[Group, Sequence[Point]]) -> Ta
 def _told(path: Sequence[Point]) -> str:
     return ", ".join(
         f"{formats.accuracy(point.accuracy.mean)} at a retention of {formats.accuracy(point.retention.mean)}"
-        f" (alpha {point.alpha:g})"
+        f" (alpha {point.alpha:.3g})"
         for point in path
     )
 
 
-def _measured(run: Run) -> dict[float, tuple[float, float, float]]:
-    """Accuracy, retention and cross-entropy of a run at each alpha that has the first two."""
+def _measured(run: Run) -> dict[float, tuple[float, ...]]:
+    """Alpha, accuracy, retention and cross-entropy of a run at each place: 1 is the run as it ended.
+
+    A run that was told what share to keep ended at an alpha of its own, and has a place before that.
+    """
     ends = run.info.get("outcome") or {}
     reached = outcome(run, "alpha")
-    alpha = reached if math.isfinite(reached) else 1.0
-    taken = [(1.0, ends.get("before_interpolation")), (alpha, ends)]
-    taken += [(float(found["alpha"]), found) for found in run.interpolations]
-    return {alpha: figures for alpha, found in taken for figures in _figures(found)}
+    end = reached if math.isfinite(reached) else 1.0
+    taken = {_BEFORE: (1.0, ends.get("before_interpolation")), 1.0: (end, ends)}
+    taken |= {float(found["alpha"]): (end * float(found["alpha"]), found) for found in run.interpolations}
+    return {place: (alpha, *figures) for place, (alpha, found) in taken.items() if (figures := _figures(found))}
 
 
-def _figures(found: Mapping[str, Any] | None) -> Iterator[tuple[float, float, float]]:
+def _figures(found: Mapping[str, Any] | None) -> tuple[float, ...]:
+    """Accuracy, retention and cross-entropy; empty where one of the first two is missing or not finite."""
     if not found or not found.get("retention") or found.get("test_accuracy") is None:
-        return
+        return ()
     retention = found["retention"]
     numbers = (found["test_accuracy"], retention.get("share"), retention.get("cross_entropy"))
-    accuracy, share, entropy = (math.nan if number is None else float(number) for number in numbers)
-    if math.isfinite(accuracy) and math.isfinite(share):
-        yield accuracy, share, entropy
+    figures = tuple(math.nan if number is None else float(number) for number in numbers)
+    return figures if all(map(math.isfinite, figures[:2])) else ()

@@ -106,8 +106,9 @@ class Setting:
 
     @property
     def baseline(self) -> Group | None:
-        """Plain fine-tuning in this setting."""
-        return next((group for group in self.groups if group.method == BASELINE), None)
+        """Plain fine-tuning in this setting, as it ended by itself."""
+        plain = (group for group in self.groups if group.method == BASELINE and "keep" not in group.strengths)
+        return next(plain, None)
 
     @property
     def best(self) -> Group | None:
@@ -174,6 +175,12 @@ class Comparison:
             and difference.beyond_noise
             and difference.mean > 0
         )
+
+    @property
+    def has_tuned_rates(self) -> bool:
+        """Whether the learning rate was chosen for each method of the main setting."""
+        rates = {run.info["config"].get("lr") for run in self.trials}
+        return "lr" not in self.settings[0].fields or len(rates) > 1
 
     @cached_property
     def labels(self) -> dict[Group, str]:
@@ -275,7 +282,7 @@ def _groups(seeds: Iterable[Mapping[int, Run]]) -> list[Group]:
 
 
 def _in_order(groups: Iterable[Group]) -> list[Group]:
-    return sorted(groups, key=lambda group: (rank(group.method), _key(group.strengths)))
+    return sorted(groups, key=lambda group: (rank(group.method), len(group.strengths), _key(group.strengths)))
 
 
 def _with_tuned_rates(settings: Sequence[Setting]) -> list[Setting]:
