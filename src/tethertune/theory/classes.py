@@ -6,10 +6,10 @@ then the result is a measurement, not a certificate.
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -148,6 +148,10 @@ def choose(
             has moved.
         PatternError: A name that is no layer's.
     """
+    for name, given, allowed in (("mode", mode, Mode), ("sharing", sharing, Sharing)):
+        _check_word(name, given, get_args(allowed))
+    _check_word("norm", norm, ("mars", "frobenius"))
+    _check_word("affine", affine, ("free", "frozen"))
     radii = dict(radii or {})
     _check_names(network, radii, frozen)
     distances: dict[int, float] = {}
@@ -255,7 +259,7 @@ def _head(
     if mode == "grid" or not math.isfinite(radius):
         bound = purse.cover("the head's norm", [rows], [1.0])[0]
     else:
-        if radius <= 0:
+        if radius == 0:
             raise ConfigurationError(f"The declared radius of the head is {radius}: it must be above 0.")
         _check_inside(head.weight, float(weight.norm()) if norm == "frobenius" else rows, radius, norm)
         bound = radius * _SLACK * _row_factor(head, weight, norm)
@@ -269,8 +273,6 @@ def _head(
 
 
 def _check_inside(name: str, distance: float, radius: float, norm: str) -> None:
-    if radius < 0:
-        raise ConfigurationError(f"The declared radius of {name} is {radius}: it must be 0 or more.")
     if distance > radius * _SLACK:
         raise ConfigurationError(
             f"{name} is at {norm} distance {distance:.6g}, outside of its declared radius {radius:.6g}: the"
@@ -288,15 +290,24 @@ def _matches(node: Linear, patterns: Collection[str]) -> bool:
     )
 
 
+def _check_word(argument: str, given: str, allowed: Sequence[str]) -> None:
+    if given not in allowed:
+        raise ConfigurationError(
+            f"{argument}={given!r} is not known: use {', '.join(map(repr, allowed))}.{did_you_mean(given, allowed)}"
+        )
+
+
 def _check_names(network: Network, radii: Mapping[str, float], frozen: Collection[str]) -> None:
     nodes = [*network.linears.values(), network.head]
     weights = {node.weight for node in nodes if node.weight}
     holds = weights | ({network.head.bias} if network.head.bias else set())
-    for name in radii:
+    for name, radius in radii.items():
         if name not in holds:
             raise PatternError(
                 f"radii has {name!r}, which is no layer's weight, nor the head's bias.{did_you_mean(name, holds)}"
             )
+        if not radius >= 0:  # nor NaN
+            raise ConfigurationError(f"The declared radius of {name} is {radius}: it must be 0 or more.")
     for pattern in frozen:
         if not any(_matches(node, [pattern]) for node in nodes):
             raise PatternError(f"frozen={pattern!r} matches no layer.{did_you_mean(pattern, weights)}")
