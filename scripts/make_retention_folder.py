@@ -2,8 +2,8 @@
 
 Usage: ``python scripts/make_retention_folder.py [SOURCE [TARGET]]``
 
-Of the package's PNG files those in folders called ``cartoon`` or ``symbols`` are left out, and all drawings in SVG: what
-stays are 439 pictures of animals, plants, food, tools, vehicles and the like, which the classes of ImageNet cover well.
+Of the package's PNG files those in folders called ``cartoon`` or ``symbols`` are left out, and all drawings in SVG:
+what stays are 439 pictures of animals, plants, food, tools, vehicles and the like, which ImageNet's classes cover well.
 """
 
 import sys

@@ -38,35 +38,3 @@ def unprivileged_path():
             yield Path(folder)
         finally:
             os.seteuid(0)
-
-
-@pytest.fixture(scope="session")
-def knowing(tmp_path_factory):
-    """Weights of a tiny network with a classifier of ten classes that is often confident, and 70 images to ask it."""
-    import timm
-    import torch
-    from safetensors.torch import save_file
-
-    root = tmp_path_factory.mktemp("knowing")
-    random = np.random.default_rng(3)
-    for number in range(70):
-        folder = root / "images" / ("some" if number % 2 else "others/deeper")
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / f"{number:02}.png")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        state = timm.create_model("test_efficientnet", num_classes=10).state_dict()
-    state["classifier.weight"] *= 150
-    save_file(state, root / "base.safetensors")
-    return root
-
-
-@pytest.fixture
-def retaining(tiny, knowing):
-    """``retaining(**values)`` configures a tiny run that measures what is forgotten; it forgets some."""
-
-    def configure(**values):
-        usual = {"weights": str(knowing / "base.safetensors"), "retain": str(knowing / "images"), "retain_size": 32}
-        return tiny(**usual | {"method": "none", "lr": 3e-3, "cache": str(knowing / "cache")} | values)
-
-    return configure

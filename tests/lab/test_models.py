@@ -3,12 +3,15 @@ import math
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from sklearn import datasets
 from torch import nn
 
 from tethertune import rows
 from tethertune.errors import CheckpointError, ConfigurationError
-from tethertune.lab import checkpoints, models
+from tethertune.lab import checkpoints, images, models
+from tethertune.lab.batches import normalise
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +96,60 @@ class TestHeads:
         loaded.model.eval()(torch.rand(2, 3, size, size)).sum().backward()
         assert layer.weight.grad.any()
         assert next(loaded.model.parameters()).grad.any()
+
+    def test_original(self, name, expected, tmp_path):
+        head, *_, size = expected
+        published = models.load(name, classes=9, size=size, pretrained=False)
+        model = published.model.eval()
+        torch.manual_seed(1)
+        torch.nn.init.normal_(model.get_submodule(head).weight)
+        save_file(model.state_dict(), tmp_path / "published.safetensors")
+        found, wanted = models.original(name, size=size, weights=tmp_path / "published.safetensors")
+
+        batch = torch.rand(2, 3, size, size)
+        assert torch.equal(found(batch), model(batch))
+        assert found(batch).shape == (2, 9)
+        assert found(batch).std() > 0
+        assert not any(parameter.requires_grad for parameter in found.parameters())
+        assert (wanted.size, wanted.mean, wanted.std) == (size, published.mean, published.std)
+
+
+class TestOriginal:
+    def test_lite0_tells_a_flower(self):
+        model, wanted = models.original("lite0")
+        assert (wanted.size, wanted.crop) == (224, 0.875)
+        flower = Image.open(datasets.load_sample_images().filenames[1])
+        pixels = torch.from_numpy(images.fit(flower, 224, images.resampling(wanted.interpolation), wanted.crop).copy())
+        logits = model(normalise(pixels.permute(2, 0, 1)[None], wanted.mean, wanted.std))
+        assert logits.shape == (1, 1000)
+        assert logits.argmax() == 985  # daisy
+
+    def test_a_run_folder(self, tmp_path):
+        loaded = models.load("test_resnet", classes=4, size=64, pretrained=False)
+        save_file(loaded.model.state_dict(), tmp_path / "model.safetensors", {"base_model": "test_resnet"})
+        model, _ = models.original(str(tmp_path), size=64)
+        assert model.fc.out_features == 4
+
+    def test_a_flattened_head_is_no_classifier_of_the_network(self, run):
+        with pytest.raises(CheckpointError, match=r"another classifier than test_resnet was made with .*retain"):
+            models.original(str(run), size=64)
+
+    def test_no_classifier(self, tmp_path):
+        state = timm.create_model("test_resnet").state_dict()
+        torch.save({key: value for key, value in state.items() if not key.startswith("fc")}, tmp_path / "body.pth")
+        with pytest.raises(CheckpointError, match=r"body.pth holds no classifier \(fc.weight\)"):
+            models.original("test_resnet", weights=tmp_path / "body.pth")
+
+    def test_another_network(self, tmp_path):
+        torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
+        with pytest.raises(CheckpointError, match="not those of resnet10t"):
+            models.original("resnet10t", weights=tmp_path / "weights.pth")
+
+    def test_size_that_is_too_small(self, tmp_path):
+        state = models.load("torchvision:inception_v3", classes=3, pretrained=False).model.state_dict()
+        torch.save(state, tmp_path / "weights.pth")
+        with pytest.raises(ConfigurationError, match="size=16: torchvision:inception_v3 does not take images of that"):
+            models.original("torchvision:inception_v3", size=16, weights=tmp_path / "weights.pth")
 
 
 class TestLoad:

@@ -108,7 +108,7 @@ class Retention:
         self._wanted, self._head, self._layout, self._device = wanted, head, layout, torch.device(device)
         self._split, self.fingerprint = _decoded(Path(folder), wanted, cache)
         self.images = len(self._split)
-        self._before = [self._answers(batch) for batch in torch.arange(self.images).split(_BATCH)]
+        self._before = [self._answers(batch) for batch in torch.split(torch.arange(self.images), _BATCH)]
         self.confident = sum(len(answers.classes) for answers in self._before)
         if not self.confident:
             raise DataError(

@@ -82,3 +82,30 @@ def test_an_unreadable_folder_is_refused(make_images, unprivileged_path):
     with pytest.raises(DataError, match="dog: Permission denied"):
         sources.folder(unprivileged_path)
     (unprivileged_path / "dog").chmod(0o700)
+
+
+def test_unlabelled_images_lie_anywhere(make_images, tmp_path):
+    make_images(tmp_path, {".": 1, "a/deep/er": 2, "b": 1})
+    (tmp_path / "a" / "notes.txt").touch()
+    (tmp_path / ".hidden.png").touch()
+    source = sources.unlabelled(tmp_path)
+    assert source.files == ("00.png", "a/deep/er/00.png", "a/deep/er/01.png", "b/00.png")
+    assert (source.ignored, source.splits, source.labels.tolist()) == (2, {}, [0] * 4)
+    with Image.open(tmp_path / "b/00.png") as last:
+        assert source.image(3).tobytes() == last.tobytes()
+
+
+def test_unlabelled_images_that_are_none(tmp_path):
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        sources.unlabelled(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(DataError, match=r"holds no image \(1 other files\)"):
+        sources.unlabelled(tmp_path)
+
+
+def test_unlabelled_images_in_a_folder_that_cannot_be_read(make_images, unprivileged_path):
+    make_images(unprivileged_path, {"cat": 1})
+    (unprivileged_path / "cat").chmod(0)
+    with pytest.raises(DataError, match="cat: Permission denied"):
+        sources.unlabelled(unprivileged_path)
+    (unprivileged_path / "cat").chmod(0o700)
