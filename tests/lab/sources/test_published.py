@@ -41,6 +41,16 @@ def test_sizes_are_those_of_table_1():
     assert set(published.PUBLISHED) == {*WITH_LISTS, *DRAWN}
 
 
+def test_the_page_of_data_sets_says_what_the_code_says():
+    page = (Path(__file__).parents[3] / "docs/data-sets.md").read_text(encoding="utf-8")
+    rows = {row.split("|")[1].strip(" `"): row for row in page.splitlines() if row.startswith("| `")}
+    for name, entry in published.PUBLISHED.items():
+        sizes = " / ".join(f"{size:,}" for size in entry.sizes.values())
+        got = "downloaded" if entry.torchvision else "by hand"
+        for fact in (f"{sum(entry.sizes.values()):,}", str(entry.classes), sizes, entry.url, entry.citation, got):
+            assert fact in rows[name]
+
+
 @pytest.mark.parametrize("name", WITH_LISTS)
 def test_small_copies_with_lists(root, name, caplog):
     source = sources.find(f"{name}:{root / name}")
