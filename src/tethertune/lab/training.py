@@ -364,17 +364,13 @@ class Training:
         """The line of ``metrics.jsonl`` of the epoch whose last step is done."""
         progress, config = self.progress, self.config
         means = self._means()  # waits for the device, so that the clock below is right
-        if not math.isfinite(means["loss"]):
-            raise NonFiniteWeightError(
-                f"The loss of epoch {progress.epoch + 1} is {means['loss']}: the training diverged. Lower --lr"
-                f" ({config.lr}), or hold the weights with --method mars-pgm."
-            )
+        self._require_finite({"loss": means["loss"]})
         training_seconds = self._seconds() - progress.epoch_began
         evaluates = progress.epoch + 1 == config.epochs or (progress.epoch + 1) % config.eval_every == 0
         validation_loss, validation_accuracy = self.evaluate(self.dataset.validation) if evaluates else (None, None)
         lr, head_lr = (group["lr"] for group in self.optimizer.param_groups)
         gradients = self._gradients() if evaluates and config.gradients else {}
-        return {
+        line = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
             "lr": lr,
@@ -392,6 +388,21 @@ class Training:
             "at_radius": self.regulariser.at_radius(),
             "distance": _quantiles([moved.mars for moved in self._distances().values() if moved.role == "body"]),
         }
+        self._require_finite(line | line["distance"])
+        return line
+
+    def _require_finite(self, figures: Mapping[str, Any]) -> None:
+        """Check figures of the epoch whose last step is done.
+
+        Raises:
+            NonFiniteWeightError: One of them is infinite or no number.
+        """
+        for name, value in figures.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise NonFiniteWeightError(
+                    f"The {name.replace('_', ' ')} of epoch {self.progress.epoch + 1} is {value}: the training"
+                    f" diverged. Lower --lr ({self.config.lr}), or hold the weights with --method mars-pgm."
+                )
 
     def line_from_here(self) -> Line:
         """The line from the weights that the network has now to whatever they will be."""
