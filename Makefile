@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test lint lock docs setup clean
 
 demo: setup            ## fine-tune a real network with every method on the embedded images; writes demo/report.html
-	$(BIN)/tethertune demo --output demo
+	$(BIN)/tethertune compare configs/demo.toml --output demo
 
 test: lint             ## lint, types, every test (slow ones too), with coverage
 	$(BIN)/python -m pytest --cov --cov-report=term

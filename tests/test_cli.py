@@ -17,7 +17,7 @@ from tethertune import cli
 from tethertune.errors import DataError, NonFiniteWeightError
 from tethertune.lab.config import FinetuneConfig, load_toml
 
-COMMANDS = ["finetune", "search", "distances", "certify", "bounds", "interpolate", "report", "config", "demo"]
+COMMANDS = ["finetune", "search", "distances", "certify", "bounds", "interpolate", "compare", "report", "config"]
 
 
 def processor_seconds_of_children():

@@ -19,7 +19,7 @@ from tethertune.lab.config import FinetuneConfig
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 SHOWING_COMMANDS = [*DOCUMENTS, ROOT / "Makefile", ROOT / "src/tethertune/cli.py"]
-COMMAND = re.compile(r"tethertune (?:finetune|distances|report|certify|bounds|config|demo)\b[^`#>&;|\n]*")
+COMMAND = re.compile(r"tethertune (?:finetune|search|compare|distances|interpolate|prepare|report|certify|bounds|config)\b[^`#>&;|\n]*")
 
 name_of = {"ids": lambda path: str(path.relative_to(ROOT)) if isinstance(path, Path) else ""}
 

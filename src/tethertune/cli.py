@@ -22,6 +22,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from tethertune import __version__
 from tethertune.errors import ConfigurationError, NonFiniteWeightError, TethertuneError
+from tethertune.lab import protocols
 from tethertune.lab.config import FinetuneConfig, load_toml
 from tethertune.lab.space import SearchConfig, require_free
 
@@ -174,6 +175,9 @@ def finetune(
     config: Annotated[
         Path | None, Parameter(help="TOML file with any of these options as keys; flags override it.")
     ] = None,
+    protocol: Annotated[
+        str | None, Parameter(help="Defaults of these options: default, paper or authors; see docs/experiments.md.")
+    ] = None,
     fresh: Annotated[
         bool, Parameter(help="Delete what an earlier run of this configuration left.", negative=(), show_default=False)
     ] = False,
@@ -185,7 +189,7 @@ def finetune(
 
     Example: tethertune finetune lite0 photos/ --method mars-pgm --radius 8 --head-radius 12 --epochs 30 --seed 0
     """
-    given = {"model": model, "data": data, **options}
+    given = {"protocol": protocol, "model": model, "data": data, **options}
     settings = _settings(config, _present(given))
     from tethertune.lab import training
 
@@ -218,7 +222,7 @@ def _settings(file: Path | None, given: dict[str, Any], command: str = "finetune
     for name in ("model", "data"):
         if name not in given:
             raise ConfigurationError(f"{name.upper()} is missing: tethertune {command} MODEL DATA, or --config FILE.")
-    return FinetuneConfig(**given)
+    return FinetuneConfig(**protocols.under(given))
 
 
 @app.command(usage="Usage: tethertune search MODEL DATA [OPTIONS]")
@@ -230,6 +234,9 @@ def search(
     *,
     config: Annotated[
         Path | None, Parameter(help="TOML file with options of tethertune finetune as keys; flags override it.")
+    ] = None,
+    protocol: Annotated[
+        str | None, Parameter(help="Defaults of these options: default, paper or authors; see docs/experiments.md.")
     ] = None,
     study: Annotated[
         str | None, Parameter(help="Name of the study. Not given: one of data, model, method and a hash.")
@@ -252,8 +259,9 @@ def search(
     given = _present({"model": model, "data": data, **options})
     of_search = {item.name: given[item.name] for item in fields(SearchConfig) if item.name in given}
     of_runs = {item.name: given[item.name] for item in fields(FinetuneConfig) if item.name in given}
-    runs = _settings(config, of_runs, "search")
-    settings = SearchConfig(**of_search | {"seed": runs.seed})
+    of_protocol = _present({"protocol": protocol})
+    runs = _settings(config, of_protocol | of_runs, "search")
+    settings = SearchConfig(**{**protocols.find(protocol or "default").search, **of_search, "seed": runs.seed})
     require_free(from_file | of_runs.keys(), runs.method, settings)
     from tethertune.lab import search as searching
     from tethertune.lab.story import result
@@ -494,8 +502,11 @@ def compare(
         forecast.show(wanted)
     else:
         from tethertune.lab import compare as comparing
+        from tethertune.lab.report.terminal import show
 
-        comparing.run(wanted)
+        written = comparing.run(wanted)
+        show([wanted.output / "runs"])
+        _say(f"\nThe report, with curves and what each layer did: {written}")
 
 
 @app.command

@@ -17,7 +17,7 @@ from tethertune.errors import NonFiniteWeightError, RunInUseError
 from tethertune.lab.comparison import Cell, Comparison, Interpolate
 from tethertune.lab.config import FinetuneConfig
 from tethertune.lab.executors import EXECUTORS
-from tethertune.lab.overview import Overview, Plan
+from tethertune.lab.progress import Plan, View
 from tethertune.lab.runs import Run, RunFolder, load
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def run(comparison: Comparison, *, quiet: bool = False) -> Path:
     workers = 1 if comparison.executor == "local" else comparison.workers
     comparison.output.mkdir(parents=True, exist_ok=True)
     pool = EXECUTORS[comparison.executor](workers)
-    with Overview(plan(comparison), workers, quiet=quiet) as view:
+    with View(plan(comparison), workers, quiet=quiet) as view:
         try:
             _make(comparison, pool.submit, workers, view)
         finally:
@@ -86,7 +86,7 @@ def run(comparison: Comparison, *, quiet: bool = False) -> Path:
     return write(made, comparison.output / "report.html")
 
 
-def _make(comparison: Comparison, submit: Callable[..., "Future[str]"], workers: int, view: Overview) -> None:
+def _make(comparison: Comparison, submit: Callable[..., "Future[str]"], workers: int, view: View) -> None:
     """Go through the courses of all cells, as few as keep the workers busy at a time, so that cells end early."""
     courses = deque(_Course(_course(comparison, cell, view)) for cell in comparison.cells)
     ready: deque[tuple[_Job, _Course]] = deque()
@@ -112,7 +112,7 @@ def _make(comparison: Comparison, submit: Callable[..., "Future[str]"], workers:
                 advance(course)
 
 
-def _course(comparison: Comparison, cell: Cell, view: Overview) -> Iterator[list[_Job]]:
+def _course(comparison: Comparison, cell: Cell, view: View) -> Iterator[list[_Job]]:
     """The jobs of a cell that are not done yet: its trials one by one, then all that counts, then its curves."""
     choices: tuple[Mapping[str, Any], ...] = cell.given or ({},)
     if comparison.trials(cell):

@@ -108,7 +108,6 @@ class Comparison:
     """A whole comparison, checked.
 
     Attributes:
-        title: What stands above the report.
         cells: In the order in which they are made: task by task, network by network.
         search: How values are searched for; ``None`` where none are.
         seeds: Of the runs that count.
@@ -121,7 +120,6 @@ class Comparison:
         storage: URL of the studies' database; ``None`` for a file in the folder.
     """
 
-    title: str
     cells: tuple[Cell, ...]
     search: SearchConfig | None
     seeds: tuple[int, ...]

@@ -2,7 +2,6 @@
 
 ::
 
-    title = "..."                       shown above the report
     protocol = "default"                defaults of everything below: default, paper or authors
     models = ["lite0"]                  or [models.LABEL] tables: model = "lite0", and any option of finetune
     tasks = ["fashion"]                 or [tasks.NAME] tables: data = "fashion", methods = [...], and any option
@@ -51,7 +50,6 @@ class _File:
     models: Any = None
     tasks: Any = None
     methods: Any = tuple(METHODS)
-    title: Any = ""
     protocol: Any = "default"
     seeds: Any = 5
     retrain_on: Any = "train+validation"
@@ -99,8 +97,8 @@ def _faults(file: _File) -> Iterator[str]:
         value = getattr(file, key)
         if not value or not isinstance(value, (list, tuple, dict)):
             yield f"{key} names the {what} to compare: give a list of names, or a table for each."
-    for key in ("train", "values", "sweeps", "interpolate"):
-        if not isinstance(getattr(file, key), dict):
+    for key in ("train", "search", "values", "sweeps", "interpolate"):
+        if not isinstance(getattr(file, key), dict | None):
             yield f"{key} is a table: write [{key}]."
     yield from _choice_faults(file)
     for key, allowed, advice in (
@@ -152,9 +150,12 @@ def _build(file: _File) -> tuple[Comparison | None, list[str]]:
     protocol, faults = protocols.find(file.protocol), list[str]()
     search = None
     if file.search is not None:
+        allowed = {item.name for item in fields(SearchConfig)}
+        unknown = sorted(file.search.keys() - allowed)
+        faults += [f"search: {key} is not an option of search.{did_you_mean(key, allowed)}" for key in unknown]
         try:
-            search = SearchConfig(**{**protocol.search, **file.search})
-        except (ConfigurationError, TypeError) as error:
+            search = SearchConfig(**{k: v for k, v in {**protocol.search, **file.search}.items() if k in allowed})
+        except ConfigurationError as error:
             faults += [f"search: {fault}" for fault in str(error).splitlines()]
     cells = []
     models, tasks = _tables(file.models, "model"), _tables(file.tasks, "data")
@@ -172,7 +173,6 @@ def _build(file: _File) -> tuple[Comparison | None, list[str]]:
         Sweep(key, tuple(map(float, file.sweeps[key])), _scope(file.sweeps, 1)) for key in _SWEPT if key in file.sweeps
     )
     comparison = Comparison(
-        title=file.title,
         cells=tuple(cells),
         search=search,
         seeds=_seeds(file.seeds),

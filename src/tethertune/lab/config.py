@@ -9,12 +9,13 @@ import math
 import shlex
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tethertune.errors import ConfigurationError, did_you_mean
+from tethertune.lab import protocols
 from tethertune.lab.methods import METHODS
 
 __all__ = ["COUNT", "SEED", "FinetuneConfig", "Range", "faults_of_fields", "load_toml", "make_plain"]
@@ -39,7 +40,8 @@ class FinetuneConfig:
     """A timm name, ``torchvision:NAME``, a checkpoint file or folder, or ``lite0``."""
 
     data: str
-    """A folder of images (``train/ val/ test/`` of class folders, or class folders to be split), or ``fashion``."""
+    """A folder of images (``train/ val/ test/`` of class folders, or class folders to be split), ``fashion``,
+    ``digits``, a published data set (``aircraft``, or ``aircraft:FOLDER`` for where it lies), or ``hf:NAME``."""
 
     method: str = "mars-pgm"
     """What holds the weights near the pre-trained ones: none, l2-sp, mars-sp, delta, l2-pgm, or mars-pgm."""
@@ -213,6 +215,22 @@ class FinetuneConfig:
                 object.__setattr__(self, key, value)
 
     @property
+    def hyper_parameters(self) -> dict[str, float]:
+        """The hyper-parameters of the method that are set, by name."""
+        given = {key: getattr(self, key) for key in METHODS[self.method].accepts}
+        return {key: value for key, value in given.items() if value is not None}
+
+    def having(self, **values: Any) -> "FinetuneConfig":
+        """A copy with other values; if one is a hyper-parameter of the method, those that are not given are unset.
+
+        Raises:
+            ConfigurationError: A value is not allowed.
+        """
+        accepted = METHODS[self.method].accepts
+        unset = dict.fromkeys(accepted) if values.keys() & set(accepted) else {}
+        return replace(self, **{**unset, **values})
+
+    @property
     def identity(self) -> dict[str, Any]:
         """The fields that change the result, as plain JSON values."""
         return {
@@ -247,6 +265,8 @@ class FinetuneConfig:
 def load_toml(path: str | Path, overrides: Mapping[str, Any] | None = None) -> FinetuneConfig:
     """Read a configuration from a TOML file of top-level keys, some of them overridden.
 
+    The key ``protocol`` stands for the defaults of one of :data:`~tethertune.lab.protocols.PROTOCOLS`.
+
     Args:
         path: The file.
         overrides: Values that win over the file's.
@@ -259,9 +279,14 @@ def load_toml(path: str | Path, overrides: Mapping[str, Any] | None = None) -> F
         given = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigurationError(f"{path}: not a readable TOML file: {error}.") from error
+    try:
+        merged = protocols.under(given | dict(overrides or {}))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {error}") from error
     known = {item.name: item for item in fields(FinetuneConfig)}
-    faults = [f"{key} is not a key of the configuration.{did_you_mean(key, known)}" for key in given.keys() - known]
-    values = {key: value for key, value in (given | dict(overrides or {})).items() if key in known}
+    allowed = {*known, "protocol"}
+    faults = [f"{key} is not a key of the configuration.{did_you_mean(key, allowed)}" for key in given.keys() - allowed]
+    values = {key: value for key, value in merged.items() if key in known}
     for name, item in known.items():
         if item.default is MISSING and name not in values:
             faults.append(f"{name} is missing: give it in the file or on the command line.")

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tethertune.lab.comparison import Cell
 from tethertune.lab.report.formats import duration
 
-__all__ = ["KINDS", "Overview", "Plan"]
+__all__ = ["KINDS", "Plan", "View"]
 
 KINDS = ("trial", "run", "sweep")
 """What is made for a cell: trials of its search, the runs that count, and those of its curves."""
@@ -36,7 +36,7 @@ class Plan:
         return self.trial + self.run + self.sweep
 
 
-class Overview:
+class View:
     """Shows how a comparison goes.
 
     Args:

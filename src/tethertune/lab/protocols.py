@@ -9,7 +9,7 @@ from typing import Any
 
 from tethertune.errors import ConfigurationError, did_you_mean
 
-__all__ = ["PROTOCOLS", "Protocol", "find"]
+__all__ = ["PROTOCOLS", "Protocol", "find", "under"]
 
 
 @dataclass(frozen=True)
@@ -83,3 +83,13 @@ def find(name: str) -> Protocol:
             f"--protocol {name} is not known: use {', '.join(PROTOCOLS)}.{did_you_mean(name, PROTOCOLS)}"
         )
     return PROTOCOLS[name]
+
+
+def under(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of ``finetune`` with the defaults of their ``protocol``, if they name one, in its place.
+
+    Raises:
+        ConfigurationError: There is no such protocol.
+    """
+    options = dict(given)
+    return {**find(options.pop("protocol", "default")).training, **options}
