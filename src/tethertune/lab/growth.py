@@ -31,7 +31,7 @@ __all__ = ["DEPTHS", "DISTANCES", "NORMS", "RESOLUTIONS", "WIDTHS", "Growth", "P
 
 Sweep = Literal["depth", "width", "resolution", "distance"]
 
-DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101")
 WIDTHS = (0.125, 0.25, 0.5, 1.0)
 RESOLUTIONS = (32, 64, 96, 128, 160, 192, 224)
 DISTANCES = tuple(10 ** (k / 2) for k in range(-8, 1))
@@ -137,9 +137,9 @@ def measure(
     random = _Random(seed)
     base = random.network(_BASE) if model is None else models.load(model, classes=_CLASSES, size=_SIZE, seed=seed)
     found = [*_over_depth(depths, random, samples), *_over_width(widths, random, samples)]
-    found += [_point("resolution", size, _Subject.of(base, size, samples), _DISTANCE) for size in resolutions]
-    subject = _Subject.of(base, _SIZE, samples)
-    found += [_point("distance", distance, subject, distance) for distance in distances]
+    subjects = {size: _Subject.of(base, size, samples) for size in {*resolutions, _SIZE}}
+    found += [_point("resolution", size, subjects[size], _DISTANCE) for size in resolutions]
+    found += [_point("distance", distance, subjects[_SIZE], distance) for distance in distances]
     return Growth(base.name, base.source, seed, samples, _DISTANCE, _SIZE, tuple(found))
 
 
