@@ -13,6 +13,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,8 @@ PUBLISHED = {
 def folder(name: str) -> Path:
     """Where a data set is looked for: ``$TETHERTUNE_DATA/NAME``, or ``~/.cache/tethertune/data/NAME``."""
     root = os.environ.get("TETHERTUNE_DATA")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(root) if root else cache / "tethertune" / "data") / name
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (Path(root) if root else caches / "tethertune" / "data") / name
 
 
 def find(name: str, place: Path | None = None) -> Source:
@@ -242,10 +243,14 @@ def _small_split(data_set: Published, layout: Layout) -> tuple[Mapping[str, NDAr
         members = splits.complete(everything, layout.labels, layout.classes, _SEED)
         how = f"{splits.HELD_OUT_PERCENT} % of each class held out with seed {_SEED} for validation and for test"
     share = f"{len(layout.images):,} of {sum(data_set.sizes.values()):,} images"
-    _logger.warning(
-        "%s in %s is a small copy of %s: its results are not those of the data set", data_set.name, layout.root, share
-    )
+    _warn(f"{data_set.name} in {layout.root} is a small copy of {share}: its results are not those of the data set")
     return members, f"a small copy with {share}; {how}"
+
+
+@cache
+def _warn(text: str) -> None:
+    """Say it once, however often a process looks for the data set."""
+    _logger.warning(text)
 
 
 def _check_checksums(data_set: Published, layout: Layout) -> None:
@@ -266,7 +271,7 @@ def _download(data_set: Published, place: Path) -> None:
     )
     if data_set.torchvision is None:
         raise DataError(
-            f"{data_set.name} ({data_set.title}) is not in {place}, and no program may download it. {by_hand}"
+            f"{data_set.name} ({data_set.title}) is not in {place}, and torchvision does not download it. {by_hand}"
         )
     from torchvision import datasets
 
@@ -295,4 +300,4 @@ def _reason(error: BaseException) -> str:
         return "the file that arrived has the wrong checksum"
     if isinstance(error, (EOFError, tarfile.TarError, zlib.error)):
         return f"the archive that arrived is cut off or damaged: {error}"
-    return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+    return str(getattr(error, "reason", error)).partition("\n")[0].rstrip(".") or type(error).__name__
