@@ -416,7 +416,7 @@ def report(
     output: Path = Path("report.html"),
     format: Literal["html", "markdown"] = "html",  # noqa: A002 - the flag is --format
 ) -> None:
-    """Write a report of RUNS: accuracy by method, learning curves, and how far the layers moved.
+    """Write a report of RUNS: which method won, by how much, whether that is noise, and what each run did.
 
     Example: tethertune report runs/ --output report.html
 

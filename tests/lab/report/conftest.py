@@ -249,7 +249,7 @@ def _add_cell(folders, task, method, accuracy, values):
     shared = {"method": method, "data": task, "model": "resnet101"}
     for seed in (1, 2, 3):
         folder = folders.add(
-            accuracy + 0.01 * seed, seed=seed, retention=0.4, gradients=(2.0, None), place="runs", **values, **shared
+            accuracy + 0.01 * seed, seed=seed, retention=0.4, gradients=(2.0, 0.0), place="runs", **values, **shared
         )
         between = {"alpha": 0.5, "test_accuracy": accuracy - 0.05, "retention": retained(0.7)}
         (folder / "interpolations.json").write_text(json.dumps([between]))

@@ -8,6 +8,8 @@ from tethertune.lab.report.grouping import compare
 
 from .conftest import retained
 
+ALL = frontier.Images(439, 411)
+
 
 def compared(folders):
     [comparison] = compare(runs.find([folders.root]))
@@ -33,7 +35,7 @@ def interpolated(folders):
 
 
 def test_points_go_from_the_run_to_its_reference(interpolated):
-    none, ball = (frontier.points(group) for group in compared(interpolated).groups)
+    none, ball = (frontier.points(group, ALL) for group in compared(interpolated).groups)
 
     assert [point.alpha for point in none] == [1, 0.5, 0.25]
     assert [point.accuracy.mean for point in none] == pytest.approx([0.81, 0.79, 0.71])
@@ -62,10 +64,24 @@ def test_a_run_that_kept_a_share_has_a_point_before_and_one_after(folders):
         )
         interpolate(folder, (1.0, 0.8, 0.9), (0.5, 0.6, 0.95))
 
-    found = frontier.points(compared(folders).groups[0])
+    found = frontier.points(compared(folders).groups[0], ALL)
 
     assert [point.alpha for point in found] == pytest.approx([1, 0.6, 0.3])
     assert [point.accuracy.mean for point in found] == pytest.approx([0.82, 0.8, 0.6])
+
+
+def test_measurements_on_other_images_are_not_mixed_in(interpolated):
+    folder = interpolated.add(0.5, method="l2-sp", strength=0.1, retention=0.9)
+    info = json.loads((folder / "run.json").read_text())
+    info["outcome"]["retention"] |= {"images": 10, "confident": 7}
+    (folder / "run.json").write_text(json.dumps(info))
+    comparison = compared(interpolated)
+
+    [figure] = frontier.figures(comparison)
+
+    assert frontier.images(comparison.groups) == ALL
+    assert [key.label for key in figure.legend] == ["none", "mars-pgm"]
+    assert figure.text.endswith("It was measured on 411 confident answers about 439 images.")
 
 
 def test_what_has_no_retention_has_no_point(folders):

@@ -66,7 +66,7 @@ def test_the_gradients_of_data_and_penalty_are_drawn_apart(folders):
 
 
 def test_without_a_penalty_the_whole_is_the_datas_gradient(folders):
-    folders.add(0.6, gradients=(2.0, None))
+    folders.add(0.6, gradients=(2.0, 0.0))
 
     assert [chart.title for chart in figure(folders).charts][2:] == ["Gradient of the data's loss"]
 
@@ -98,3 +98,11 @@ def test_retention_is_a_curve(folders):
     [retention] = [chart for chart in figure(folders).charts if chart.title == "Retention"]
 
     assert [row["mean"] for row in rows(retention.spec)[0]] == pytest.approx([90, 80, 70, 60])
+
+
+def test_ticks_are_whole_epochs(folders):
+    folders.add(0.6)
+
+    axis = figure(folders).charts[0].spec["layer"][0]["encoding"]["x"]["axis"]
+
+    assert axis["values"] == [1, 2, 3, 4]

@@ -83,6 +83,15 @@ def test_a_point_whose_runs_diverged_is_in_the_table_alone(folders):
     assert [row["place"] for rows in figure.charts[0].spec["datasets"].values() for row in rows] == [0.001]
 
 
+def test_where_every_run_diverged_there_is_a_table_alone(folders):
+    folders.add(None, **rate(1.0), status="diverged")
+
+    [figure] = sweeps.figures(compared(folders))
+
+    assert figure.charts == []
+    assert texts(figure.table) == [["1", "NaN"]]
+
+
 def test_configurations_of_one_method_are_lines_of_their_own(folders):
     for head in ("pool", "flatten"):
         folders.add(0.5, head=head, **rate(1e-2))

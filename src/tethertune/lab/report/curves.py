@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import altair as alt
 
@@ -15,6 +16,8 @@ __all__ = ["Axis", "Measure", "Path", "curve", "table"]
 
 Path = Mapping[float, Summary]
 """A summary over the seeds at each place of the axis, ascending."""
+
+_TICKS = 6
 
 _DECADE = 0.1
 """On a log axis a band ends at this part of the mean, where the deviation would take it to 0 or below."""
@@ -32,12 +35,13 @@ class Axis:
     name: str
     log: bool = False
 
-    def encoding(self) -> alt.X:
-        """The horizontal axis."""
+    def encoding(self, places: Iterable[float]) -> alt.X:
+        """The horizontal axis of lines with dots at some places; where these are few, they are its ticks."""
         if self.log:
             axis = alt.Axis(format="~g", tickCount=6, grid=False)
             return alt.X("place:Q", title=self.name, axis=axis, scale=alt.Scale(type="log", nice=False, padding=6))
-        axis = alt.Axis(format="d", tickMinStep=1)
+        known = sorted(set(places))
+        axis = alt.Axis(format="d", values=known) if len(known) <= _TICKS else alt.Axis(format="d", tickCount=6)
         return alt.X("place:Q", title=self.name, axis=axis, scale=alt.Scale(nice=False))
 
 
@@ -86,8 +90,8 @@ class Measure:
         return alt.Y(f"{field}:Q", title=self.title, axis=axis, scale=alt.Scale(type="log", nice=False))
 
 
-def curve(axis: Axis, measure: Measure, paths: Mapping[str, Path], keys: Sequence[Key], told: str) -> Chart:
-    """A chart of a line a series.
+def curve(axis: Axis, measure: Measure, paths: Mapping[str, Path], keys: Sequence[Key], told: str) -> Chart | None:
+    """A chart of a line a series; None where the axes have a place for nothing.
 
     Args:
         axis: What the lines run over.
@@ -96,13 +100,15 @@ def curve(axis: Axis, measure: Measure, paths: Mapping[str, Path], keys: Sequenc
         keys: The legend.
         told: What the lines say, for who cannot see them.
     """
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"series": label, "place": place, **measure.row(summary)}
         for label, path in paths.items()
         for place, summary in path.items()
         if measure.is_drawn(summary)
     ]
-    x, y = axis.encoding(), measure.encoding("mean")
+    if not rows:
+        return None
+    x, y = axis.encoding(row["place"] for row in rows), measure.encoding("mean")
     faint = alt.condition(drawing.CHOSEN, alt.value(0.14), alt.value(0.02))
     tooltip = [
         alt.Tooltip("series:N", title="method"),

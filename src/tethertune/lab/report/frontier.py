@@ -1,9 +1,9 @@
 """Accuracy on the new task against what the network still knows, for every method and its interpolations."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import altair as alt
 
@@ -14,7 +14,7 @@ from tethertune.lab.report.statistics import Summary, summarise
 from tethertune.lab.report.tables import Cell, Table
 from tethertune.lab.runs import Run
 
-__all__ = ["Point", "figures", "points", "tables"]
+__all__ = ["Images", "Point", "figures", "images", "points", "tables"]
 
 _BEFORE = 2.0
 """Stands for the place of a run before it was interpolated: before that of its end, which is 1."""
@@ -26,6 +26,14 @@ _TEXT = (
     "large dot) towards the pre-trained weights; up and to the right is better. Every point is a mean over the seeds, "
     "and every interpolated network is inside the ball, if there is one, for a ball is convex."
 )
+
+
+@dataclass(frozen=True)
+class Images:
+    """What retention was measured on: so many images, and so many confident answers of the pre-trained network."""
+
+    images: int
+    confident: int
 
 
 @dataclass(frozen=True)
@@ -45,17 +53,41 @@ class Point:
     cross_entropy: Summary
 
 
-def points(group: Group) -> list[Point]:
-    """The points of a group, by falling alpha; none where retention was not measured."""
-    by_place: dict[float, list[tuple[float, ...]]] = {}
+@dataclass(frozen=True)
+class _Measurement:
+    """One run at one interpolation; the place is 1 for the run as it ended."""
+
+    place: float
+    alpha: float
+    accuracy: float
+    retention: float
+    cross_entropy: float
+    images: Images
+
+
+def images(groups: Iterable[Group]) -> Images | None:
+    """What most of the measurements of some groups were made on; None if there are none."""
+    found = Counter(item.images for group in groups for run in group.runs.values() for item in _measurements(run))
+    return max(found, key=lambda key: (found[key], key.images, key.confident), default=None)
+
+
+def points(group: Group, on: Images) -> list[Point]:
+    """The points of a group, by falling alpha; none where retention was not measured on those images."""
+    by_place: dict[float, list[_Measurement]] = {}
     for run in group.runs.values():
-        for place, figures in _measured(run).items():
-            by_place.setdefault(place, []).append(figures)
-    made = []
-    for place in sorted(by_place, reverse=True):
-        alphas, *measures = zip(*by_place[place], strict=True)
-        made.append(Point(math.fsum(alphas) / len(alphas), *map(summarise, measures)))
-    return made
+        for item in _measurements(run):
+            if item.images == on:
+                by_place.setdefault(item.place, []).append(item)
+    return [_point(by_place[place]) for place in sorted(by_place, reverse=True)]
+
+
+def _point(found: Sequence[_Measurement]) -> Point:
+    return Point(
+        math.fsum(item.alpha for item in found) / len(found),
+        summarise([item.accuracy for item in found]),
+        summarise([item.retention for item in found]),
+        summarise([item.cross_entropy for item in found]),
+    )
 
 
 def figures(comparison: Comparison) -> list[Figure]:
@@ -83,10 +115,12 @@ def figures(comparison: Comparison) -> list[Figure]:
         *drawing.lines(rows, keys, x=x, y=y, tooltip=tooltip, order="alpha:Q"),
         whole.encode(x=x, y=y, color=drawing.tint(keys), opacity=bright, tooltip=tooltip),
     )
-    told = "; ".join(f"{comparison.labels[group]} {_told(path)}" for group, path in found.items())
-    description = f"Test accuracy against retention, mean over seeds: {told}."
+    described = "; ".join(f"{comparison.labels[group]} {_told(path)}" for group, path in found.items())
+    description = f"Test accuracy against retention, mean over seeds: {described}."
     drawn = Chart("Test accuracy against retention", drawing.spec(chart, description, 340))
-    return [Figure("What was forgotten", _TEXT, [drawn], _table(comparison, found), keys)]
+    on = images(comparison.groups)
+    told = f" It was measured on {on.confident:,} confident answers about {on.images:,} images." if on else ""
+    return [Figure("What was forgotten", _TEXT + told, [drawn], _table(comparison, found), keys)]
 
 
 def tables(comparison: Comparison) -> list[Table]:
@@ -96,7 +130,8 @@ def tables(comparison: Comparison) -> list[Table]:
 
 
 def _found(comparison: Comparison) -> dict[Group, list[Point]]:
-    return {group: found for group in comparison.groups if (found := points(group))}
+    on = images(comparison.groups)
+    return {group: found for group in comparison.groups if on and (found := points(group, on))}
 
 
 def _table(comparison: Comparison, found: Mapping[Group, Sequence[Point]]) -> Table:
@@ -123,8 +158,8 @@ def _told(path: Sequence[Point]) -> str:
     )
 
 
-def _measured(run: Run) -> dict[float, tuple[float, ...]]:
-    """Alpha, accuracy, retention and cross-entropy of a run at each place: 1 is the run as it ended.
+def _measurements(run: Run) -> Iterator[_Measurement]:
+    """Every interpolation of a run of which accuracy and retention are known.
 
     A run that was told what share to keep ended at an alpha of its own, and has a place before that.
     """
@@ -133,14 +168,9 @@ def _measured(run: Run) -> dict[float, tuple[float, ...]]:
     end = reached if math.isfinite(reached) else 1.0
     taken = {_BEFORE: (1.0, ends.get("before_interpolation")), 1.0: (end, ends)}
     taken |= {float(found["alpha"]): (end * float(found["alpha"]), found) for found in run.interpolations}
-    return {place: (alpha, *figures) for place, (alpha, found) in taken.items() if (figures := _figures(found))}
-
-
-def _figures(found: Mapping[str, Any] | None) -> tuple[float, ...]:
-    """Accuracy, retention and cross-entropy; empty where one of the first two is missing or not finite."""
-    if not found or not found.get("retention") or found.get("test_accuracy") is None:
-        return ()
-    retention = found["retention"]
-    numbers = (found["test_accuracy"], retention.get("share"), retention.get("cross_entropy"))
-    figures = tuple(math.nan if number is None else float(number) for number in numbers)
-    return figures if all(map(math.isfinite, figures[:2])) else ()
+    for place, (alpha, found) in taken.items():
+        if found and (kept := found.get("retention")):
+            values = (found.get("test_accuracy"), kept.get("share"), kept.get("cross_entropy"))
+            accuracy, share, entropy = (math.nan if value is None else float(value) for value in values)
+            if math.isfinite(accuracy) and math.isfinite(share):
+                yield _Measurement(place, alpha, accuracy, share, entropy, Images(kept["images"], kept["confident"]))

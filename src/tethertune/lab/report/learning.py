@@ -35,8 +35,12 @@ _GRADIENTS = (
 def figure(comparison: Comparison) -> Figure | None:
     """A chart for each measure that was taken; None where nothing was."""
     paths = {
-        name: {comparison.labels[group]: path for group in comparison.groups if (path := _path(group, name))}
-        for name in _MEASURES
+        name: {
+            comparison.labels[group]: path
+            for group in comparison.groups
+            if (path := _path(group, name)) and any(map(measure.is_drawn, path.values()))
+        }
+        for name, measure in _MEASURES.items()
     }
     if not paths["penalty_gradient"]:
         paths["full_gradient"] = {}  # it is that of the data
@@ -45,8 +49,9 @@ def figure(comparison: Comparison) -> Figure | None:
         return None
     keys = drawing.legend({comparison.labels[group]: group.method for group in comparison.groups})
     charts = [
-        curves.curve(_EPOCH, _MEASURES[name], found, keys, _ends(_MEASURES[name], found))
+        chart
         for name, found in drawn.items()
+        if (chart := curves.curve(_EPOCH, _MEASURES[name], found, keys, _ends(_MEASURES[name], found)))
     ]
     columns = [
         (f"{_MEASURES[name].name}, {label}", _MEASURES[name], path)

@@ -71,7 +71,7 @@ def _figure(key: str, lines: Sequence[_Line]) -> Figure:
     keys = drawing.legend({line.label: line.method for line in lines})
     told = "; ".join(f"{line.label} {_told(line.path)}" for line in lines)
     chart = curves.curve(kind.axis, _ACCURACY, {line.label: line.path for line in lines}, keys, told)
-    return Figure(kind.title, kind.text + _BAND, [chart], _table(key, lines), keys)
+    return Figure(kind.title, kind.text + _BAND, [chart] if chart else [], _table(key, lines), keys)
 
 
 def _table(key: str, lines: Sequence[_Line]) -> Table:
