@@ -76,6 +76,13 @@ def test_of_many_broken_images_some_are_named(make_images, tmp_path):
         prepare(str(folder), cache=tmp_path / "cache")
 
 
+def test_a_cache_that_cannot_be_written_is_no_fault_of_the_images(folder, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/images").write_text("no folder")
+    with pytest.raises(DataError, match="cannot keep decoded images"):
+        prepare(str(folder), size=8, cache=tmp_path / "cache")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

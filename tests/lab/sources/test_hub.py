@@ -51,6 +51,14 @@ def test_a_data_set_saved_to_disk(saved, tmp_path):
     assert cache.fingerprint(sources.find(f"hf:{saved}"), tmp_path / "cache") != before
 
 
+def test_the_files_of_a_data_set_that_is_in_no_folder_of_ours(saved):
+    """From the hub: what the library keeps of it."""
+    parts = dict(datasets.load_from_disk(str(saved)))
+    root, files = sys.modules["tethertune.lab.sources.hub"]._files("somebody/pets", parts)
+    assert files == tuple(f"{split}/data-00000-of-00001.arrow" for split in ("train", "valid", "test"))
+    assert all((root / file).is_file() for file in files)
+
+
 def test_one_part_saved_to_disk(tmp_path):
     part([0, 1, 0]).save_to_disk(tmp_path / "pets")
     assert list(sources.find(f"hf:{tmp_path / 'pets'}").splits) == ["train"]

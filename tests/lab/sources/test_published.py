@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import shutil
 import tarfile
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -133,6 +134,22 @@ def test_a_wrong_total_is_refused_unless_the_copy_says_that_it_is_small(root, na
         sources.find(f"{name}:{root / name}")
 
 
+def test_a_whole_data_set_is_split_by_its_own_lists(root, monkeypatch):
+    (root / "aircraft/small-copy.txt").unlink()
+
+    def find(*sizes):
+        published_sizes = dict(zip(("train", "validation", "test"), sizes, strict=True))
+        entry = dataclasses.replace(published.PUBLISHED["aircraft"], sizes=published_sizes, classes=3)
+        monkeypatch.setitem(published.PUBLISHED, "aircraft", entry)
+        return sources.find(f"aircraft:{root / 'aircraft'}")
+
+    source = find(6, 6, 6)
+    assert source.split == "the data set's own lists images_variant_train, _val and _test"
+    assert [len(members) for members in source.splits.values()] == [6, 6, 6]
+    with pytest.raises(DataError, match=r"is split into .*6.* not .*7.* fetch it again"):
+        find(7, 5, 6)
+
+
 @pytest.mark.parametrize("name", ["pets", "pubfig", "caltech256"])
 def test_a_whole_data_set_is_drawn_in_the_sizes_of_the_paper(name):
     """Every class has the smallest number of images that its sum allows, and one class the rest."""
@@ -211,6 +228,18 @@ def test_lists_that_do_not_go_together(root):
         sources.find(f"aircraft:{root / 'aircraft'}")
 
 
+def test_a_list_that_is_no_text(root):
+    (root / "dtd/dtd/labels/val1.txt").write_bytes(b"banded/\xff\xfe")
+    with pytest.raises(DataError, match=r"val1.txt cannot be read \(.*: fetch it again"):
+        sources.find(f"dtd:{root / 'dtd'}")
+
+
+def test_pets_without_their_images(root):
+    (root / "pets/oxford-iiit-pet/images").rename(root / "elsewhere")
+    with pytest.raises(DataError, match=r"images is missing: the download or its unpacking was cut off"):
+        sources.find(f"pets:{root / 'pets'}")
+
+
 def test_a_damaged_matlab_file(root):
     (root / "flowers/flowers-102/imagelabels.mat").write_bytes(b"MATLAB 5.0" + bytes(300))
     with pytest.raises(DataError, match=r"imagelabels.mat cannot be read as a Matlab file with labels"):
@@ -277,6 +306,18 @@ def test_a_download_is_unpacked_and_its_archive_removed(tmp_path, caplog):
         "small-copy.txt",
         "fgvc-aircraft-2013b",
     }
+    assert [path.name for path in (tmp_path / "downloaded").iterdir()] == ["aircraft"]
+
+
+@pytest.mark.usefixtures("archive")
+def test_another_process_may_be_faster(root, tmp_path, monkeypatch):
+    class Slow(torchvision.datasets.FGVCAircraft):
+        def _download(self):
+            super()._download()
+            shutil.copytree(root / "aircraft", tmp_path / "downloaded/aircraft")
+
+    monkeypatch.setattr(torchvision.datasets, "FGVCAircraft", Slow)
+    assert len(sources.find("aircraft").labels) == 18
     assert [path.name for path in (tmp_path / "downloaded").iterdir()] == ["aircraft"]
 
 
