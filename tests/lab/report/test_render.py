@@ -178,7 +178,7 @@ def test_markdown_has_every_table(whole):
         "Test accuracy of resnet101 on flowers",
         "Constrained body layers at the end of training",
         "Test accuracy and retention by interpolation, mean ± standard deviation",
-        "Test accuracy in percent by multiple of the chosen values, mean ± standard deviation",
+        "Test accuracy in percent by multiplier of the chosen values, mean ± standard deviation",
         "Test accuracy in percent by learning rate, mean ± standard deviation",
         "The best trial of each search",
     ]

@@ -28,7 +28,7 @@ def test_factors_stand_around_the_results(folders):
 
     [table] = sweeps.tables(compared(folders))
 
-    assert list(table.columns) == ["Multiple of the chosen values", "mars-pgm"]
+    assert list(table.columns) == ["Multiplier of the chosen values", "mars-pgm"]
     assert texts(table) == [["0.1", "70.0"], ["1", "85.0 ± 7.1"], ["10", "70.0"], ["10000", "70.0"]]
 
 

@@ -30,7 +30,7 @@ class _Kind:
 
 _KINDS = {
     "strengths": _Kind(
-        Axis("multiple of the chosen values", log=True),
+        Axis("multiplier of the chosen values", log=True),
         "How much depends on the radius or strength",
         "Both values of a method, of the body and of the head, times the same factor; at 1 stand the results.",
     ),
