@@ -74,6 +74,28 @@ def test_images_are_those_that_the_run_was_trained_on(resnet):
     assert certify(run.path, loss="clipped-ce").certificate.empirical_loss == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("options", "samples"),
+    [
+        ({"scaling": "raw"}, 21),
+        ({"interpolation": "nearest", "resize": "stretch"}, 21),
+        ({"train_on": "train+validation"}, 30),
+        ({"label_noise": 0.3}, 21),
+    ],
+)
+def test_however_a_run_took_its_images_they_are_the_same(resnet, options, samples):
+    run = resnet(**options)
+    finding = certify(run.path, loss="clipped-ce")
+    loss, error = _evaluate(run)
+
+    assert finding.certificate.samples == samples
+    assert finding.certificate.empirical_error == pytest.approx(error)
+    assert finding.certificate.empirical_loss == pytest.approx(loss, rel=1e-4)
+    assert statuses(finding)[SAME_DATA] == "pass"
+    noise = details(finding).get("the labels are those of new images", "")
+    assert ("as many wrong labels" in noise) == ("label_noise" in options)
+
+
 def _evaluate(run):
     """The run's clipped cross-entropy and error on its training images, through the trainer's own loading."""
     from accelerate import Accelerator

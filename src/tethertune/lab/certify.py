@@ -24,6 +24,7 @@ from tethertune.lab import (
     data,
     distances,
     files,
+    inputs,
     models,
     regularisers,
     runs,
@@ -98,8 +99,6 @@ class _Subject:
     source: str
     declared: _Declared
     run: Run | None
-    per_class: int | None
-    seed: int
 
 
 def certify(
@@ -151,15 +150,7 @@ def certify(
     if mode == "declared" and not subject.declared.radii:
         raise ConfigurationError(f"{checkpoint} declares no radii that a certificate can use: give --mode grid.")
     mode = mode or ("declared" if subject.declared.radii else "grid")
-    dataset = data.load(
-        name,
-        size=subject.trained.size,
-        interpolation=subject.trained.interpolation,
-        crop_fraction=subject.trained.crop,
-        per_class=subject.per_class,
-        seed=subject.seed,
-        cache=cache if cache is not None or run is None else run.config.cache,
-    )
+    dataset = _images(name, subject, cache)
     described = f"{dataset.name} ({len(dataset.train)} training images, {dataset.fingerprint[:15]})"
     finding = Finding(str(checkpoint), subject.source, described, None)
     try:
@@ -171,6 +162,16 @@ def certify(
     if run is not None:
         files.write_json(run.path / runs.CERTIFICATE, finding.to_dict())
     return finding
+
+
+def _images(name: str, subject: _Subject, cache: str | Path | None) -> data.Dataset:
+    """The images as the run took them, its choice among them and its wrong labels included."""
+    loaded = subject.trained
+    if subject.run is None:
+        shape = {"size": loaded.size, "interpolation": loaded.interpolation, "crop_fraction": loaded.crop}
+        return data.load(name, **shape, cache=cache)  # type: ignore[arg-type]
+    config = subject.run.config
+    return inputs.dataset(replace(config, data=name, cache=config.cache if cache is None else str(cache)), loaded)
 
 
 def _certify(
@@ -194,9 +195,11 @@ def _certify(
         input_bound=bound,
         facts=_facts(subject, dataset),
     )
-    if mode == "declared" and declared.check is not None:
-        return replace(found, checks=(*found.checks, declared.check))
-    return found
+    checks = [declared.check] if mode == "declared" and declared.check is not None else []
+    if subject.run is not None and subject.run.config.label_noise:
+        noise = f"--label-noise {subject.run.config.label_noise:g}: it is about images with as many wrong labels"
+        checks.append(Check("the labels are those of new images", "fail", noise))
+    return replace(found, checks=(*found.checks, *checks))
 
 
 def _frozen(loaded: LoadedModel, declared: _Declared) -> list[str]:
@@ -244,14 +247,7 @@ def _of_run(run: Run, reference: str | None) -> _Subject:
     if not run.complete:
         raise RunError(f"{run.path} is not complete: give the command of the run again, it resumes.")
     config, told = run.config, run.info["model"]
-    loaded = models.load(
-        config.model,
-        classes=len(run.info["data"]["classes"]),
-        size=told["size"],
-        head=config.head,
-        weights=config.weights,
-        seed=config.seed,
-    )
+    loaded = inputs.network(replace(config, size=told["size"]), classes=len(run.info["data"]["classes"]))
     source = loaded.source
     if reference is not None:
         centre, source = distances.centre(run.path, reference, loaded.name)
@@ -264,7 +260,7 @@ def _of_run(run: Run, reference: str | None) -> _Subject:
     pretrained = _copy(loaded.model)
     declared = _declared(config, loaded)
     _take(loaded, checkpoints.load_state_dict(run.path), str(run.path), with_head=True)
-    return _Subject(loaded, pretrained, source, declared, run, config.per_class, config.seed)
+    return _Subject(loaded, pretrained, source, declared, run)
 
 
 def _of_checkpoint(path: Path, images: str, reference: str | None, arch: str | None) -> _Subject:
@@ -284,7 +280,7 @@ def _of_checkpoint(path: Path, images: str, reference: str | None, arch: str | N
     _take(loaded, centre, source, with_head=False)
     pretrained = _copy(loaded.model)
     _take(loaded, weights, str(path), with_head=True)
-    return _Subject(loaded, pretrained, source, _Declared({}), None, None, 0)
+    return _Subject(loaded, pretrained, source, _Declared({}), None)
 
 
 def _take(loaded: LoadedModel, state: Mapping[str, Tensor], source: str, *, with_head: bool) -> None:

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from tethertune import measure
 from tethertune.errors import ConfigurationError, NonFiniteWeightError, RunError
-from tethertune.lab import card, data, machine, models, optimisers, regularisers, sources
+from tethertune.lab import card, data, inputs, machine, models, optimisers, regularisers, sources
 from tethertune.lab.attention import MOST_IMAGES
 from tethertune.lab.batches import augment, batches, normalise
 from tethertune.lab.config import FinetuneConfig
@@ -671,31 +671,8 @@ class Training:
 
 def _inputs(config: FinetuneConfig) -> tuple[models.LoadedModel, data.Dataset]:
     """The model, with a head for the classes of the data; and the data, in the model's size."""
-    loaded = models.load(
-        config.model,
-        classes=len(sources.find(config.data).classes),
-        size=config.size,
-        head=config.head,
-        weights=config.weights,
-        seed=config.seed,
-    )
-    loaded = replace(loaded, interpolation=config.interpolation or loaded.interpolation)
-    if config.scaling == "raw":  # (x / 255 - 0) / (1 / 255) = x
-        loaded = replace(loaded, mean=(0.0,) * 3, std=(1 / 255,) * 3)
-    dataset = data.load(
-        config.data,
-        size=loaded.size,
-        interpolation=loaded.interpolation,
-        crop_fraction=loaded.crop,
-        resize=config.resize,
-        per_class=config.per_class,
-        validation_per_class=config.validation_per_class,
-        test_per_class=config.test_per_class,
-        train_on=config.train_on,
-        label_noise=config.label_noise,
-        seed=config.seed,
-        cache=config.cache,
-    )
+    loaded = inputs.network(config, classes=len(sources.find(config.data).classes))
+    dataset = inputs.dataset(config, loaded)
     _require_batches(config, dataset)
     return loaded, dataset
 
