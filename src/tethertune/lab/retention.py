@@ -6,6 +6,7 @@ confident answers are what must stay. It says nothing about whether these answer
 classifier could read from the body.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tethertune.errors import ConfigurationError, DataError
+from tethertune.errors import ConfigurationError, DataError, NonFiniteWeightError
 from tethertune.lab import cache as image_cache
 from tethertune.lab import checkpoints, models, sources
 from tethertune.lab.architectures import Preprocessing
@@ -154,11 +155,19 @@ class Retention:
 
         Args:
             network: The fine-tuned network, with any head; only its body is looked at.
+
+        Raises:
+            NonFiniteWeightError: It answers with what is no number.
         """
         kept, entropy = 0, 0.0
         for same, cross_entropy in self._compared(network):
             kept += int(same.sum())
             entropy += float(cross_entropy.sum())
+        if not math.isfinite(entropy):
+            raise NonFiniteWeightError(
+                "The fine-tuned network's answers on the images to retain are no numbers: the training diverged. Lower"
+                " --lr, or hold the weights with --method mars-pgm."
+            )
         return Kept(kept / self.confident, entropy / self.confident, self.confident, self.images)
 
     def keeps(self, network: nn.Module, share: float) -> bool:

@@ -539,9 +539,7 @@ class Training:
         folder.write_metrics(progress.metrics)
         folder.write_distances(layers)
         if not is_trial:
-            folder.write_weights(
-                self.network.state_dict(), self._metadata() | ({} if before is None else {"alpha": str(alpha)})
-            )
+            folder.write_weights(self.network.state_dict(), self._metadata(alpha))
             folder.write_card(card.write(self.config, info, layers))
         folder.write_info(info)
         folder.drop_states()
@@ -652,8 +650,8 @@ class Training:
             }
         return layers
 
-    def _metadata(self) -> dict[str, str]:
-        """What the weights file says of itself."""
+    def _metadata(self, alpha: float) -> dict[str, str]:
+        """What the weights file says of itself; alpha, if the weights have gone back towards the reference."""
         config, loaded = self.config, self.loaded
         metadata = {
             "base_model": loaded.name,
@@ -666,6 +664,7 @@ class Training:
             "tethertune_version": machine.versions()["tethertune"],
         }
         given = {key: getattr(config, key) for key in METHODS[config.method].accepts}
+        given["alpha"] = alpha if alpha < 1 else None
         return metadata | {key: str(value) for key, value in given.items() if value is not None}
 
 
