@@ -342,8 +342,9 @@ def _fits(value: object, kind: Any) -> bool:
         return value in get_args(kind)
     if get_origin(kind) is tuple:
         first, *rest = get_args(kind)
-        length_fits = isinstance(value, (tuple, list)) and (rest == [...] or len(value) == 1 + len(rest))
-        return length_fits and all(_fits(item, first) for item in value)
+        if not isinstance(value, (tuple, list)) or (rest != [...] and len(value) != 1 + len(rest)):
+            return False
+        return all(_fits(item, first) for item in value)
     if kind in (int, float):
         return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     return isinstance(value, kind)

@@ -121,7 +121,7 @@ def _seconds_an_image(model: str, size: int | None, classes: int, threads: int) 
     """Seconds to train on an image, and to look at it, with random weights, on the device that would be used."""
     loaded = models.load(model, classes=classes, size=size, head="pool", pretrained=False)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    network = loaded.model.to(device, memory_format=torch.channels_last).eval()
+    network = loaded.model.to(device).to(memory_format=torch.channels_last).eval()
     images = torch.zeros(_IMAGES, 3, loaded.size, loaded.size, device=device).to(memory_format=torch.channels_last)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

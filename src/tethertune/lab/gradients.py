@@ -1,6 +1,6 @@
 """The gradient of the loss over all training images, the data's part and the penalty's part apart (Figure 1)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def gradient_norms(
     return {name: torch.nn.utils.get_total_norm(part).item() for name, part in parts.items()}
 
 
-def _add_gradient(value: Tensor, weights: list[Tensor], totals: list[Tensor]) -> None:
+def _add_gradient(value: Tensor, weights: Sequence[Tensor], totals: Sequence[Tensor]) -> None:
     gradients = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
     for total, gradient in zip(totals, gradients, strict=True):
         if gradient is not None:
