@@ -107,6 +107,17 @@ def test_two_tasks_cannot_tell(folders):
 
     assert not said.clear
     assert said.details[0].startswith("Two tasks cannot tell either")
+    assert len(said.details) == 2
+
+
+def test_the_lead_over_the_next_needs_three_tasks_too(folders):
+    for task in ("a", "b"):
+        add_task(folders, task, none=0.7, l2_sp=0.8, mars_pgm=0.9)
+
+    assert seen(folders).answer.details[-1] == (
+        "Its lead over the next, l2-sp (mean rank 2), is +10.0 points over the tasks: "
+        "too few of them to tell it from noise."
+    )
 
 
 def test_plain_fine_tuning_may_rank_best(folders):

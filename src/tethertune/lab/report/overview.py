@@ -8,7 +8,7 @@ from functools import cached_property
 from tethertune.lab.report import formats, tables
 from tethertune.lab.report.answer import Answer, gap, over, verdict
 from tethertune.lab.report.grouping import BASELINE, Comparison, Group, rank
-from tethertune.lab.report.statistics import Difference, mean_difference, ranks
+from tethertune.lab.report.statistics import ENOUGH, Difference, mean_difference, ranks
 from tethertune.lab.report.tables import Cell, Table
 
 __all__ = ["Overview", "overview", "titles"]
@@ -137,17 +137,17 @@ def _counts(standing: _Standing, best: str) -> Iterator[str]:
 
 
 def _next(standing: _Standing, order: Sequence[str]) -> Iterator[str]:
-    """The lead over the method of the next rank, plain fine-tuning or not."""
+    """The lead over the method of the next rank, unless that is plain fine-tuning, of which the headline tells."""
     best, rival = order[:2]
     difference = standing.minus(best, rival)
-    if difference is None:
+    if difference is None or rival == BASELINE:
         return
-    words = f"{rival} (mean rank {standing.ranks[rival]:.3g})"
-    if difference.interval is None:
-        yield f"Its lead over the next, {words}, is {formats.points(difference.mean)} points on one task."
+    words = f"Its lead over the next, {rival} (mean rank {standing.ranks[rival]:.3g}), is"
+    if len(difference.by_seed) < ENOUGH:
+        yield f"{words} {formats.points(difference.mean)} points over the tasks: too few of them to tell it from noise."
     else:
         noise = "more than the scatter between the tasks" if difference.beyond_noise else "inside the noise"
-        yield f"Its lead over the next, {words}, is {gap(difference)} over the tasks: {noise}."
+        yield f"{words} {gap(difference)} over the tasks: {noise}."
 
 
 def _unranked(standing: _Standing) -> Iterator[str]:
