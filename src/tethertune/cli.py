@@ -505,7 +505,7 @@ def compare(
         from tethertune.lab.report.terminal import show
 
         written = comparing.run(wanted)
-        show([wanted.output / "runs"])
+        show(comparing.folders(wanted))
         _say(f"\nThe report, with curves and what each layer did: {written}")
 
 

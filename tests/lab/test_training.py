@@ -21,7 +21,7 @@ from tethertune.errors import (
 )
 from tethertune.lab import optimisers
 from tethertune.lab.methods import METHODS
-from tethertune.lab.runs import RunFolder
+from tethertune.lab.runs import RunFolder, load
 from tethertune.lab.training import Training, finetune
 
 TIMINGS = ("seconds", "images_per_second")
@@ -262,9 +262,95 @@ def test_bad_input_is_refused_and_nothing_is_written(tiny, values, error, told):
     assert not Path(tiny().output).exists()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tiny):
-    with pytest.raises(NonFiniteWeightError, match=r"Lower --lr|holds a NaN"):
-        train(tiny(method="none", lr=1e38, optimizer="sgd", epochs=3))
+def test_a_loss_that_is_not_finite_ends_the_run_for_good(tiny, monkeypatch):
+    config = tiny(method="none", lr=1e38, optimizer="sgd", epochs=3)
+    with pytest.raises(NonFiniteWeightError, match=r"Lower --lr|holds a NaN") as first:
+        train(config)
+    folder = RunFolder(config)
+    assert folder.status() == "diverged"
+    assert load(folder.path).diverged
+    assert not folder.states.exists()
+    monkeypatch.setattr(Training, "run", None)  # it is not even begun
+    with pytest.raises(NonFiniteWeightError) as again:
+        train(config)
+    assert str(again.value) == str(first.value)
+
+
+def test_a_trial_is_not_tested_and_leaves_no_weights(tiny):
+    part = {"kind": "trial", "study": "s", "number": 3}
+    run = train(tiny(), part=part)
+    assert names(run.path) == ["distances.json", "metrics.jsonl", "run.json"]
+    assert run.info["part"] == part
+    assert run.info["outcome"]["test_accuracy"] is None
+    assert run.info["outcome"]["test_loss"] is None
+    assert run.info["outcome"]["validation_accuracy"] == run.metrics[-1]["validation_accuracy"]
+
+
+def test_each_line_of_metrics_is_shown_and_what_is_raised_ends_a_run_that_resumes(tiny):
+    class StopError(Exception):
+        pass
+
+    config, seen = tiny(epochs=3, checkpoint_every=0), []
+
+    def stop(line):
+        seen.append(line)
+        if len(seen) == 2:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train(config, on_epoch=stop)
+    assert RunFolder(config).status() == "running"
+    run = train(config, on_epoch=seen.append)
+    assert [line["epoch"] for line in seen] == [1, 2, 3]
+    assert seen == run.metrics
+
+
+def test_the_task_names_the_folder_and_changes_nothing_else(tiny):
+    plain, named = train(tiny()), train(tiny(task="my task"))
+    assert named.path.parts[-4] == "my-task"
+    assert plain.path.parts[-4] == "colours"
+    assert plain.info["hash"] == named.info["hash"]
+    assert untimed(plain.metrics) == untimed(named.metrics)
+
+
+def test_batches_that_are_not_full_are_dropped_where_that_is_asked_for(tiny):
+    # 21 training, 9 validation and 9 test images in batches of 8
+    run = train(tiny(drop_last=True, epochs=1))
+    (line,) = run.metrics
+    assert line["step"] == 2
+    for accuracy in (line["accuracy"] * 16, line["validation_accuracy"] * 8, run.info["outcome"]["test_accuracy"] * 8):
+        assert accuracy == pytest.approx(round(accuracy))
+
+
+def test_dropping_all_there_is_is_refused(tiny):
+    with pytest.raises(ConfigurationError, match="--drop-last leaves nothing of the 9 validation images"):
+        train(tiny(drop_last=True, batch_size=10))
+
+
+def test_raw_input_is_0_to_255(tiny):
+    training = Training(tiny(scaling="raw", interpolation="nearest"), Accelerator(cpu=True))
+    images, _ = training._load(training.dataset.train, torch.arange(21))
+    pixels = training.dataset.train.batch(torch.arange(21))
+    assert torch.allclose(images, pixels.to(torch.float32))
+    assert training.loaded.interpolation == "nearest"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_gradient_over_all_images_is_measured_at_every_evaluation(tiny, method):
+    run = train(tiny(method=method, gradients=True, epochs=2, eval_every=2))
+    first, last = run.metrics
+    assert "data_gradient" not in first
+    assert last["data_gradient"] > 0
+    penalised = METHODS[method].kind in ("penalty", "features")
+    assert (last["penalty_gradient"] > 0) == penalised
+    total, parts = last["full_gradient"], (last["data_gradient"], last["penalty_gradient"])
+    assert abs(parts[0] - parts[1]) <= total * (1 + 1e-5)
+    assert total <= sum(parts) * (1 + 1e-5)
+
+
+def test_measuring_gradients_changes_no_weight(tiny):
+    plain, measured = train(tiny(method="delta")), train(tiny(method="delta", gradients=True))
+    assert all(torch.equal(weights(plain)[name], tensor) for name, tensor in weights(measured).items())
 
 
 def interrupted(config, monkeypatch, *, after_states):

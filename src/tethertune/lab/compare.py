@@ -6,7 +6,7 @@ where it was stopped, however it was stopped.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from tethertune.lab.runs import Run, RunFolder, load
 if TYPE_CHECKING:
     from tethertune.lab.search import Search
 
-__all__ = ["plan", "run"]
+__all__ = ["folders", "plan", "run"]
 
 _POLL = 1.0
 """Seconds between looks at a run that another process makes."""
@@ -82,8 +82,21 @@ def run(comparison: Comparison, *, quiet: bool = False) -> Path:
             _make(comparison, pool.submit, workers, view)
         finally:
             pool.shutdown(cancel_futures=True)
-    made = [comparison.output / name for name in ("runs", "sweeps") if (comparison.output / name).exists()]
-    return write(made, comparison.output / "report.html")
+    return write(folders(comparison), comparison.output / "report.html")
+
+
+def folders(comparison: Comparison) -> list[Path]:
+    """What there is of a comparison: the runs of its cells whose values are known, and the folder of its trials.
+
+    Runs that an earlier form of it left, with other values, are not among them.
+    """
+    planned = [
+        RunFolder(config).path
+        for cell in comparison.cells
+        for values in _choices(comparison, cell) or ()
+        for config in (*comparison.final(cell, values), *(config for config, _ in comparison.swept(cell, values)))
+    ]
+    return [path for path in (*planned, comparison.output / "trials") if path.exists()]
 
 
 def _make(comparison: Comparison, submit: Callable[..., "Future[str]"], workers: int, view: View) -> None:
@@ -114,13 +127,13 @@ def _make(comparison: Comparison, submit: Callable[..., "Future[str]"], workers:
 
 def _course(comparison: Comparison, cell: Cell, view: View) -> Iterator[list[_Job]]:
     """The jobs of a cell that are not done yet: its trials one by one, then all that counts, then its curves."""
-    choices: tuple[Mapping[str, Any], ...] = cell.given or ({},)
     if comparison.trials(cell):
         search = _search(comparison, cell)
         view.skip(cell, "trial", search.finished())
         while search.finished() < search.settings.trials:
             yield [_Job(cell, "trial", search.advance)]
-        choices = (search.best().values,)
+    choices = _choices(comparison, cell)
+    assert choices is not None
     back = comparison.interpolate if comparison.interpolate and comparison.interpolate.scope.holds(cell.task) else None
     for kind, runs in (
         ("run", [(config, None) for values in choices for config in comparison.final(cell, values)]),
@@ -133,6 +146,14 @@ def _course(comparison: Comparison, cell: Cell, view: View) -> Iterator[list[_Jo
         left = [call for call in calls if not _is_done(call.args[0], call.args[2])]
         view.skip(cell, kind, len(calls) - len(left))
         yield [_Job(cell, kind, call) for call in left]
+
+
+def _choices(comparison: Comparison, cell: Cell) -> Sequence[Mapping[str, Any]] | None:
+    """The values that a cell is trained with, each in turn; ``None`` as long as they are searched for."""
+    if not comparison.trials(cell):
+        return cell.given or ({},)
+    search = _search(comparison, cell)
+    return None if search.finished() < search.settings.trials else (search.best().values,)
 
 
 def _search(comparison: Comparison, cell: Cell) -> "Search":
