@@ -27,9 +27,10 @@ import sys
 import time
 
 import torch
-from optuna.storages import RDBStorage
+from optuna.storages import _CachedStorage
 
 from tethertune.lab import search
+from tethertune.lab.config import load_toml
 
 torch.set_num_threads(1)
 order = json.loads(sys.argv[1])
@@ -63,7 +64,7 @@ def start(place=None):
         try:
             if place is not None:
                 owner, name, count, before = place
-                die_at({"storage": RDBStorage, "os": os}[owner], name, count, before=before)
+                die_at({"storage": _CachedStorage, "os": os}[owner], name, count, before=before)
             search.run(config, settings, study="s", quiet=True)
             os._exit(0)
         except BaseException:

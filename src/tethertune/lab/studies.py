@@ -82,6 +82,9 @@ class SteadySampler(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Propose it; what was proposed before is left to :meth:`sample_independent`, which is random in gp."""
+        for key in trial.system_attrs:
+            if "relative_params" in key:  # noted by a process that was killed; gp takes it for another trial's
+                study._storage.set_trial_system_attr(trial._trial_id, key, "")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Clip non-finite values")  # the loss of trials that diverged
             proposal = self._sampler(trial).sample_relative(study, trial, search_space)
