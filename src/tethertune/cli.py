@@ -414,7 +414,7 @@ def interpolate(
 def report(
     *runs: Path,
     output: Path = Path("report.html"),
-    format: Literal["html", "markdown"] = "html",  # noqa: A002 - the flag is --format
+    format: Literal["html", "markdown", "json"] = "html",  # noqa: A002 - the flag is --format
 ) -> None:
     """Write a report of RUNS: which method won, by how much, whether that is noise, and what each run did.
 
@@ -423,7 +423,7 @@ def report(
     Args:
         runs: Run folders, or folders above them such as runs/.
         output: The file to write. An HTML page is complete in itself: it opens without a network.
-        format: html or markdown.
+        format: html, markdown, or json for the numbers alone.
     """
     from tethertune.lab.report import write
 
@@ -476,6 +476,7 @@ def compare(
     executor: str | None = None,
     workers: int | None = None,
     storage: str | None = None,
+    task: tuple[str, ...] = (),
     dry_run: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
 ) -> None:
     """Make the comparison that CONFIG describes: networks x tasks x methods, searched, trained once a seed, reported.
@@ -490,12 +491,13 @@ def compare(
         executor: Where runs are made: local (in this process) or processes. Not given: what the file says.
         workers: Processes. Not given: what the file says.
         storage: URL of an Optuna database for the searches. Not given: search.db in the output folder.
+        task: Only this task of the file; repeatable.
         dry_run: Print the plan, and what it will cost, and make nothing.
     """
     from tethertune.lab import comparison_file
 
     given = {"output": output, "executor": executor, "workers": workers, "storage": storage}
-    wanted = comparison_file.load(config, {key: value for key, value in given.items() if value is not None})
+    wanted = comparison_file.load(config, _present(given)).only(task)
     if dry_run:
         from tethertune.lab import forecast
 

@@ -4,11 +4,12 @@ A cell is one network, one task and one method: its values are given, searched f
 is trained once a seed. How a file says it is told in :mod:`tethertune.lab.comparison_file`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tethertune.errors import ConfigurationError, did_you_mean
 from tethertune.lab.config import FinetuneConfig
 from tethertune.lab.space import SearchConfig, tuned_keys
 
@@ -130,6 +131,20 @@ class Comparison:
     workers: int
     output: Path
     storage: str | None
+
+    def only(self, tasks: Collection[str]) -> "Comparison":
+        """The same for some of the tasks alone; for all of them if none is named.
+
+        Raises:
+            ConfigurationError: A task that there is not.
+        """
+        known = list(dict.fromkeys(cell.task for cell in self.cells))
+        for task in tasks:
+            if task not in known:
+                raise ConfigurationError(
+                    f"--task {task} is not a task of this comparison: use {', '.join(known)}.{did_you_mean(task, known)}"
+                )
+        return replace(self, cells=tuple(cell for cell in self.cells if not tasks or cell.task in tasks))
 
     def trials(self, cell: Cell) -> int:
         """How many trials the search of a cell takes; 0 where nothing is searched."""

@@ -47,7 +47,7 @@ def test_a_folder_without_runs_is_refused(tmp_path):
 
 def test_an_unknown_format_is_refused(folders, tmp_path):
     folders.add(0.7)
-    with pytest.raises(ConfigurationError, match="'pdf' is not known: use html or markdown"):
+    with pytest.raises(ConfigurationError, match="'pdf' is not known: use html, markdown, json"):
         report.write([folders.root], tmp_path / "report.pdf", "pdf")
 
 

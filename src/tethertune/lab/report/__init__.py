@@ -15,7 +15,7 @@ from tethertune.lab import files, runs
 
 __all__ = ["Format", "write"]
 
-Format = Literal["html", "markdown"]
+Format = Literal["html", "markdown", "json"]
 
 
 def write(
@@ -30,7 +30,7 @@ def write(
     Args:
         paths: Run folders, or folders above them.
         output: The file to write; replaced if it is there.
-        format: ``"html"`` or ``"markdown"``.
+        format: ``"html"``, ``"markdown"``, or ``"json"`` for the numbers alone.
 
     Returns:
         The file.
@@ -39,10 +39,10 @@ def write(
         ConfigurationError: An unknown format, no path, or an output that is a folder.
         RunError: A path that holds no run, or a run that cannot be read.
     """
-    from tethertune.lab.report import grouping, render
+    from tethertune.lab.report import export, grouping, render
 
     if format not in get_args(Format):
-        raise ConfigurationError(f"format={format!r} is not known: use {' or '.join(get_args(Format))}.")
+        raise ConfigurationError(f"format={format!r} is not known: use {', '.join(get_args(Format))}.")
     output = Path(output)
     if output.is_dir():
         raise ConfigurationError(f"{output} is a folder: name the file to write, for example {output / 'report.html'}.")
@@ -50,6 +50,9 @@ def write(
     if not found:
         raise ConfigurationError("No path was given: name run folders, or a folder above them such as runs/.")
     comparisons = grouping.compare(found)
-    text = (render.html if format == "html" else render.markdown)(comparisons, output.parent)
-    files.write_text(output, text)
+    if format == "json":
+        files.write_json(output, export.document(comparisons))
+    else:
+        text = (render.html if format == "html" else render.markdown)(comparisons, output.parent)
+        files.write_text(output, text)
     return output
