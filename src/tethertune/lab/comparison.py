@@ -142,7 +142,8 @@ class Comparison:
         for task in tasks:
             if task not in known:
                 raise ConfigurationError(
-                    f"--task {task} is not a task of this comparison: use {', '.join(known)}.{did_you_mean(task, known)}"
+                    f"--task {task} is not a task of this comparison: use {', '.join(known)}."
+                    f"{did_you_mean(task, known)}"
                 )
         return replace(self, cells=tuple(cell for cell in self.cells if not tasks or cell.task in tasks))
 
