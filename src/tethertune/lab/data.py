@@ -12,6 +12,7 @@ from torch import Tensor
 from tethertune.errors import ConfigurationError
 from tethertune.lab import cache as image_cache
 from tethertune.lab import images, sources, splits
+from tethertune.lab.sources import Source
 
 __all__ = ["Dataset", "Resize", "Split", "TrainOn", "check", "how_split", "load"]
 
@@ -79,7 +80,7 @@ class Dataset:
 
 
 def load(
-    data: str,
+    data: str | Source,
     *,
     size: int,
     interpolation: str = "bilinear",
@@ -96,8 +97,8 @@ def load(
     """Find, split and decode the images of a data set.
 
     Args:
-        data: What :func:`~tethertune.lab.sources.find` finds. A split that is missing is held out of the training
-            images: 15 % of each class.
+        data: What :func:`~tethertune.lab.sources.find` finds, or has found. A split that is missing is held out of the
+            training images: 15 % of each class.
         size: Side of the decoded images in pixels.
         interpolation: How pixels are interpolated: ``"bilinear"``, ``"bicubic"``, ``"nearest"``, ...
         crop_fraction: Images from a folder are resized so that the central square with this share of the shorter side
@@ -118,7 +119,7 @@ def load(
         DataError: The folder, a class or an image cannot be used, or the cache cannot be written.
     """
     check(size, interpolation, crop_fraction, resize, train_on)
-    source = sources.find(data)
+    source = sources.find(data) if isinstance(data, str) else data
     members = splits.complete(source.splits, source.labels, source.classes, seed)
     for split, key, kind, count, chance in (
         ("train", "per_class", "training", per_class, seed),

@@ -6,6 +6,7 @@ from tethertune.lab import data, models
 from tethertune.lab.config import FinetuneConfig
 from tethertune.lab.data import Dataset
 from tethertune.lab.models import LoadedModel
+from tethertune.lab.sources import Source
 
 __all__ = ["dataset", "network"]
 
@@ -35,15 +36,20 @@ def network(config: FinetuneConfig, *, classes: int) -> LoadedModel:
     return loaded
 
 
-def dataset(config: FinetuneConfig, loaded: LoadedModel) -> Dataset:
+def dataset(config: FinetuneConfig, loaded: LoadedModel, source: Source | None = None) -> Dataset:
     """The images, in the network's size.
+
+    Args:
+        config: The run.
+        loaded: Its network.
+        source: Where they come from, if that was found before.
 
     Raises:
         ConfigurationError: See :func:`tethertune.lab.data.load`.
         DataError: See there.
     """
     return data.load(
-        config.data,
+        config.data if source is None else source,
         size=loaded.size,
         interpolation=loaded.interpolation,
         crop_fraction=loaded.crop,

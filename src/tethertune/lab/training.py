@@ -670,8 +670,9 @@ class Training:
 
 def _inputs(config: FinetuneConfig) -> tuple[models.LoadedModel, data.Dataset]:
     """The model, with a head for the classes of the data; and the data, in the model's size."""
-    loaded = inputs.network(config, classes=len(sources.find(config.data).classes))
-    dataset = inputs.dataset(config, loaded)
+    source = sources.find(config.data)
+    loaded = inputs.network(config, classes=len(source.classes))
+    dataset = inputs.dataset(config, loaded, source)
     _require_batches(config, dataset)
     return loaded, dataset
 
