@@ -165,6 +165,14 @@ def test_curves_are_of_the_chosen_values_and_of_what_a_method_has(load):
     ]
 
 
+def test_processes_share_the_cores_unless_the_file_says_how(load, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 12)
+    assert {cell.base.threads for cell in load(SMALL + "workers = 3\n").cells} == {4}
+    assert {cell.base.threads for cell in load(SMALL + "workers = 40\n").cells} == {1}
+    assert {cell.base.threads for cell in load(SMALL + "[train]\nthreads = 2\n").cells} == {2}
+    assert {cell.base.threads for cell in load(SMALL, executor="local").cells} == {None}
+
+
 def test_flags_win_over_the_file(load):
     found = load(SMALL + "workers = 3\n", workers=1, output="elsewhere")
     assert (found.workers, found.output) == (1, Path("elsewhere"))

@@ -31,11 +31,17 @@ _POLL = 1.0
 
 @dataclass(frozen=True)
 class _Job:
-    """One run, to be made somewhere: what it belongs to, its kind, and a call that returns what came out in a line."""
+    """One run, to be made somewhere.
+
+    Attributes:
+        cell: What it belongs to.
+        kind: One of :data:`~tethertune.lab.progress.KINDS`.
+        call: Makes it, and returns what came out in a line; ``None`` where another process has it.
+    """
 
     cell: Cell
     kind: str
-    call: Callable[[], str]
+    call: Callable[[], str | None]
 
 
 @dataclass
@@ -99,11 +105,11 @@ def folders(comparison: Comparison) -> list[Path]:
     return [path for path in (*planned, comparison.output / "trials") if path.exists()]
 
 
-def _make(comparison: Comparison, submit: Callable[..., "Future[str]"], workers: int, view: View) -> None:
+def _make(comparison: Comparison, submit: Callable[..., "Future[str | None]"], workers: int, view: View) -> None:
     """Go through the courses of all cells, as few as keep the workers busy at a time, so that cells end early."""
     courses = deque(_Course(_course(comparison, cell, view)) for cell in comparison.cells)
     ready: deque[tuple[_Job, _Course]] = deque()
-    running: dict[Future[str], tuple[_Job, _Course, float]] = {}
+    running: dict[Future[str | None], tuple[_Job, _Course, float]] = {}
 
     def advance(course: _Course) -> None:
         jobs = next((jobs for jobs in course.batches if jobs), [])
@@ -119,7 +125,9 @@ def _make(comparison: Comparison, submit: Callable[..., "Future[str]"], workers:
                 advance(courses.popleft())
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             job, course, began = running.pop(future)
-            view.done(job.cell, job.kind, future.result(), time.monotonic() - began)
+            line = future.result()
+            if line is not None:
+                view.done(job.cell, job.kind, line, time.monotonic() - began)
             course.open -= 1
             if course.open == 0:
                 advance(course)

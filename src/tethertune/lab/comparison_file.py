@@ -21,7 +21,7 @@
 The last two tables take ``tasks = [...]`` and ``seeds``, where not all are meant.
 """
 
-import tomllib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -30,7 +30,7 @@ from typing import Any, Literal
 from tethertune.errors import ConfigurationError, did_you_mean
 from tethertune.lab import protocols
 from tethertune.lab.comparison import Cell, Comparison, Interpolate, Scope, Sweep
-from tethertune.lab.config import FinetuneConfig
+from tethertune.lab.config import FinetuneConfig, read_toml
 from tethertune.lab.executors import EXECUTORS
 from tethertune.lab.methods import METHODS
 from tethertune.lab.space import SearchConfig
@@ -75,10 +75,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Compar
         ConfigurationError: The file cannot be read, is not TOML, or holds unknown keys or values that are not
             allowed; all of them in one message that names the file.
     """
-    try:
-        given = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigurationError(f"{path}: not a readable TOML file: {error}.") from error
+    given = read_toml(path)
     known = [item.name for item in fields(_File)]
     faults = [f"{key} is not a key of a comparison.{did_you_mean(key, known)}" for key in given.keys() - set(known)]
     file = _File(**{key: value for key, value in (given | dict(overrides or {})).items() if key in known})
@@ -162,7 +159,7 @@ def _build(file: _File) -> tuple[Comparison | None, list[str]]:
     for task, of_task in tasks.items():
         for model, of_model in models.items():
             for method in of_task.get("methods", file.methods):
-                options = {**protocol.training, **file.train, **of_model, **of_task}
+                options = {**_threads(file), **protocol.training, **file.train, **of_model, **of_task}
                 options.pop("methods", None)
                 try:
                     cells.append(_cell(model, task, method, options, _values(file.values, model, task, method)))
@@ -185,6 +182,11 @@ def _build(file: _File) -> tuple[Comparison | None, list[str]]:
         storage=file.storage,
     )
     return comparison, faults
+
+
+def _threads(file: _File) -> dict[str, int]:
+    """Processes share the cores, unless the file says how many threads each takes."""
+    return {"threads": max(1, (os.cpu_count() or 1) // file.workers)} if file.executor == "processes" else {}
 
 
 def _scope(table: Mapping[str, Any], seeds: Any) -> Scope:

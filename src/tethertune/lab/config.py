@@ -18,7 +18,7 @@ from tethertune.errors import ConfigurationError, did_you_mean
 from tethertune.lab import protocols
 from tethertune.lab.methods import METHODS
 
-__all__ = ["COUNT", "SEED", "FinetuneConfig", "Range", "faults_of_fields", "load_toml", "make_plain"]
+__all__ = ["COUNT", "SEED", "FinetuneConfig", "Range", "faults_of_fields", "load_toml", "make_plain", "read_toml"]
 
 _BYSTANDER = {"identity": False}
 """Marks a field that changes no result, only where, when or how fast it is made."""
@@ -262,6 +262,18 @@ class FinetuneConfig:
         return shlex.join(words)
 
 
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a TOML file.
+
+    Raises:
+        ConfigurationError: It cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"{path}: not a readable TOML file: {error}.") from error
+
+
 def load_toml(path: str | Path, overrides: Mapping[str, Any] | None = None) -> FinetuneConfig:
     """Read a configuration from a TOML file of top-level keys, some of them overridden.
 
@@ -275,10 +287,7 @@ def load_toml(path: str | Path, overrides: Mapping[str, Any] | None = None) -> F
         ConfigurationError: The file cannot be read, is not TOML, or holds unknown keys or values that are not
             allowed; all of them in one message that names the file.
     """
-    try:
-        given = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigurationError(f"{path}: not a readable TOML file: {error}.") from error
+    given = read_toml(path)
     try:
         merged = protocols.under(given | dict(overrides or {}))
     except ConfigurationError as error:

@@ -1,7 +1,6 @@
 """``tethertune compare --dry-run``: what a comparison will make, and about how long it takes on this machine."""
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -86,7 +85,7 @@ def show(comparison: Comparison) -> None:
 def _of_cell(comparison: Comparison, plan: Plan) -> Estimate:
     base = plan.cell.base
     sizes, classes, here = _sizes(base)
-    step, look = _seconds_an_image(base.model, base.size, classes, base.threads or _threads(comparison))
+    step, look = _seconds_an_image(base.model, base.size, classes, base.threads or torch.get_num_threads())
     # DELTA looks at every image with the pre-trained network too.
     passes = step + (look if METHODS[base.method].kind == "features" else 0)
     evaluations = math.ceil(base.epochs / base.eval_every)
@@ -95,10 +94,6 @@ def _of_cell(comparison: Comparison, plan: Plan) -> Estimate:
     both = sizes["train"] + (sizes["validation"] if comparison.retrain_on == "train+validation" else 0)
     run = both * base.epochs * passes + held_out + sizes["test"] * look
     return Estimate(plan, sizes, plan.trial * trial + (plan.run + plan.sweep) * run, here)
-
-
-def _threads(comparison: Comparison) -> int:
-    return max(1, (os.cpu_count() or 1) // (1 if comparison.executor == "local" else comparison.workers))
 
 
 def _sizes(config: FinetuneConfig) -> tuple[dict[str, int], int, bool]:

@@ -212,8 +212,8 @@ class Search:
         """How many trials have ended."""
         return trials_done(self.storage, self.name)
 
-    def advance(self) -> str:
-        """Make one trial, or wait a little where others hold all that are left; tells what came out, in a line."""
+    def advance(self) -> str | None:
+        """Make one trial; returns what came out, in a line, or ``None``, after a little, where others hold all."""
         study, searched = self.open()
         story, _ = self._story(study)
         return self._one(study, searched, story)
@@ -252,14 +252,14 @@ class Search:
         display = Display(f"{self.config.method} search", study.limit * epochs, done=done, quiet=self.quiet)
         return Story(study, self.settings, epochs=epochs, workers=self.workers, display=display), display
 
-    def _one(self, study: studies.SharedStudy, searched: Space, story: Story) -> str:
+    def _one(self, study: studies.SharedStudy, searched: Space, story: Story) -> str | None:
         """Make a trial that is free, if there is one."""
         with study.claim() as trial:
             if trial is not None:
                 return self._make(study, trial, searched, story)
         story.waiting()
         time.sleep(_POLL_SECONDS)
-        return "waiting for trials of other processes"
+        return None
 
     def _make(self, study: studies.SharedStudy, trial: Trial, searched: Space, story: Story) -> str:
         """Ask for the values of a trial that this process holds, run it, and tell what came out, in a line too."""
