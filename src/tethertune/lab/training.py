@@ -6,7 +6,6 @@ used for before. So a run that was killed goes on from its last saved state as i
 """
 
 import hashlib
-import json
 import math
 import os
 import time
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,13 +25,12 @@ from torch.optim import Optimizer
 
 from tethertune import measure
 from tethertune.errors import ConfigurationError, NonFiniteWeightError, RunError
-from tethertune.lab import card, data, inputs, machine, models, optimisers, regularisers, sources
+from tethertune.lab import card, data, inputs, machine, models, optimisers, record, regularisers, sources
 from tethertune.lab.attention import MOST_IMAGES
 from tethertune.lab.batches import augment, batches, normalise
 from tethertune.lab.config import FinetuneConfig
 from tethertune.lab.display import Display
 from tethertune.lab.gradients import gradient_norms
-from tethertune.lab.methods import METHODS
 from tethertune.lab.retention import Kept, Retention
 from tethertune.lab.runs import Run, RunFolder, load
 from tethertune.lab.wiseft import Line, largest, weights_of
@@ -535,11 +532,12 @@ class Training:
             "alpha": alpha,
             "before_interpolation": before,
         }
-        layers = self._layers()
+        layers = record.layers(self._distances(), self.regulariser.constraint)
         folder.write_metrics(progress.metrics)
         folder.write_distances(layers)
         if not is_trial:
-            folder.write_weights(self.network.state_dict(), self._metadata(alpha))
+            metadata = record.metadata(self.config, self.loaded, self.dataset, alpha)
+            folder.write_weights(self.network.state_dict(), metadata)
             folder.write_card(card.write(self.config, info, layers))
         folder.write_info(info)
         folder.drop_states()
@@ -595,77 +593,17 @@ class Training:
 
     def _info(self, status: str) -> dict[str, Any]:
         """``run.json``, without an outcome."""
-        config, dataset, loaded, constraint = self.config, self.dataset, self.loaded, self.regulariser.constraint
+        constraint, retention = self.regulariser.constraint, self.retention
         return {
             "schema": 1,
             "status": status,
-            "hash": config.hash,
-            "command": config.command(),
-            "task": config.task,
             "part": self.part,
-            "config": config.to_dict(),
-            "versions": machine.versions(),
+            **record.described(self.config, self.loaded, self.dataset),
             "machine": machine.describe(self.accelerator.device) | {"processes": self.accelerator.num_processes},
-            "data": {
-                "name": dataset.name,
-                "classes": list(dataset.classes),
-                "sizes": dataset.sizes,
-                "split": dataset.split,
-                "fingerprint": dataset.fingerprint,
-            },
-            "model": {
-                "name": loaded.name,
-                "source": loaded.source,
-                "weights_sha256": loaded.weights_sha256,
-                "license": self._license(),
-                "head": loaded.head,
-                "size": loaded.size,
-                "mean": list(loaded.mean),
-                "std": list(loaded.std),
-                "interpolation": loaded.interpolation,
-                "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
-            },
             "constraint": None if constraint is None else {"summary": constraint.summary()},
-            "retain": None if self.retention is None else {"fingerprint": self.retention.fingerprint},
+            "retain": None if retention is None else {"fingerprint": retention.fingerprint},
             "outcome": None,
         }
-
-    def _license(self) -> str | None:
-        """The licence of the published weights, where timm knows it."""
-        published: dict[str, Any] = getattr(self.network, "pretrained_cfg", {})
-        return None if self.config.weights or Path(self.config.model).exists() else published.get("license")
-
-    def _layers(self) -> dict[str, dict[str, Any]]:
-        """``distances.json``: every linear map, with its ball where it has one."""
-        constraint = self.regulariser.constraint
-        balls = {} if constraint is None else constraint.distances()
-        layers = {}
-        for name, moved in self._distances().items():
-            ball = balls.get(name)
-            layers[name] = asdict(moved) | {
-                "norm": None if ball is None else ball.norm,
-                "radius": None if ball is None else ball.radius,
-                "value": None if ball is None else ball.value,
-                "active_rows": None if ball is None else ball.active_rows,
-            }
-        return layers
-
-    def _metadata(self, alpha: float) -> dict[str, str]:
-        """What the weights file says of itself; alpha, if the weights have gone back towards the reference."""
-        config, loaded = self.config, self.loaded
-        metadata = {
-            "base_model": loaded.name,
-            "base_sha256": loaded.weights_sha256 or "",
-            "base_source": loaded.source,
-            "head": loaded.head,
-            "size": str(loaded.size),
-            "classes": json.dumps(self.dataset.classes, ensure_ascii=False),
-            "method": config.method,
-            "tethertune_version": machine.versions()["tethertune"],
-        }
-        given = {key: getattr(config, key) for key in METHODS[config.method].accepts}
-        given["alpha"] = alpha if alpha < 1 else None
-        return metadata | {key: str(value) for key, value in given.items() if value is not None}
 
 
 def _inputs(config: FinetuneConfig) -> tuple[models.LoadedModel, data.Dataset]:
