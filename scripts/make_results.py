@@ -1,8 +1,9 @@
-"""Write the tables of ``docs/results.md`` from the recorded numbers in ``docs/results/*.json``.
+"""Write the tables of ``docs/results.md`` from the recorded numbers in ``docs/results/``.
 
-Usage: ``python scripts/make_results.py``. A recording is what ``tethertune report FOLDER --format json`` wrote of the
-comparison that the page names. Each table stands between two comments, ``<!-- NAME: begin -->`` and
-``<!-- NAME: end -->``; the rest of the page is written by hand.
+Usage: ``python scripts/make_results.py``. A recording is what ``tethertune report FOLDER --format json`` wrote of a
+comparison that the page names: ``comparison*.json`` of the results, each of some tasks, and ``curves*.json`` of what
+was measured around them. Each table stands between two comments, ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``;
+the rest of the page is written by hand.
 """
 
 import json
@@ -20,17 +21,21 @@ PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 Methods = Mapping[str, Mapping[str, Any]]
 
 
-def render(page: str, recordings: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def render(page: str, tasks: Sequence[Mapping[str, Any]], curves: Sequence[Mapping[str, Any]]) -> str:
     """The page with every table made anew.
 
     Args:
         page: The page as it is.
-        recordings: The tasks of each recording, by the name of its file.
+        tasks: The recorded tasks.
+        curves: Those with curves around their results.
     """
-    tasks = recordings["comparison"]
-    tables = {"overview": overview(tasks), "differences": differences(tasks), "values": values(tasks)}
-    if "curves" in recordings:
-        tables |= {"rates": rates(recordings["curves"]), "frontier": frontier(recordings["curves"])}
+    tables = {
+        "overview": overview(tasks),
+        "differences": differences(tasks),
+        "values": values(tasks),
+        "rates": rates(curves),
+        "frontier": frontier(curves),
+    }
     for name, lines in tables.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         table = "\n".join([begin, "", *lines, "", end])
@@ -135,12 +140,12 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def read() -> dict[str, Sequence[Mapping[str, Any]]]:
-    """The recordings beside the page."""
-    return {
-        path.stem: json.loads(path.read_text(encoding="utf-8"))["tasks"] for path in PAGE.with_suffix("").glob("*.json")
-    }
+def read(kind: str) -> list[Mapping[str, Any]]:
+    """The tasks of the recordings of a kind beside the page, by name of file and then as recorded."""
+    files = sorted(PAGE.with_suffix("").glob(f"{kind}*.json"))
+    return [task for path in files for task in json.loads(path.read_text(encoding="utf-8"))["tasks"]]
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), read()), encoding="utf-8")
+    page = render(PAGE.read_text(encoding="utf-8"), read("comparison"), read("curves"))
+    PAGE.write_text(page, encoding="utf-8")

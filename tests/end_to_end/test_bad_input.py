@@ -123,7 +123,7 @@ def _empty(folder):
         (lambda data: _empty(data / "test/red"), "class 'red' has no images: .*/test/red holds none"),
         (lambda data: _only(data, "red"), "photos/train holds 1 class folders; two or more are needed"),
         (_empty, "photos holds 0 class folders; two or more are needed"),
-        (shutil.rmtree, "photos' is not a folder; give 'fashion' or a folder of images"),
+        (shutil.rmtree, "photos' is not a folder; give a folder of images, hf:NAME, or one of fashion"),
     ],
     ids=["no image", "truncated", "empty file", "class missing", "class empty", "one class", "empty", "absent"],
 )

@@ -163,6 +163,7 @@ def test_a_cell_is_named_by_network_task_and_method(tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_at_random_moments_and_started_again_it_finds_the_same(made):
     """Killed with SIGKILL, workers and all, six times at moments that no one chose."""
     comparison, path = made(SEARCHED.replace("seeds = 2", "seeds = 3"))

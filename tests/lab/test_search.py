@@ -258,7 +258,7 @@ class TestStory:
         )
         study, _ = here.open()
         SharedStudy(study.study, 1, tmp_path / "elsewhere")._add()
-        assert here.advance() == "waiting for trials of other processes"
+        assert here.advance() is None
         told = capsys.readouterr().err
         assert "Waiting for trial 0" in told
         assert str(tmp_path / "elsewhere") in told
