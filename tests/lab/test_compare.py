@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -38,6 +39,11 @@ def made(tiny_inputs, tmp_path):
         return comparison_file.load(path, overrides), path
 
     return make
+
+
+class NoView:
+    def skip(self, *_):
+        pass
 
 
 def tables(output):
@@ -118,6 +124,11 @@ def test_runs_are_measured_on_the_way_back_to_their_reference(made, knowing):
     assert not found[1]
     assert [line["alpha"] for line in found[2]] == [1.0, 0.5]
     assert all(0 <= line["retention"]["share"] <= 1 for line in found[2])
+    jobs = [job for cell in comparison.cells for jobs in compare._course(comparison, cell, NoView()) for job in jobs]
+    assert not jobs
+    other = replace(comparison, interpolate=replace(comparison.interpolate, retain="other/images"))
+    jobs = [job for cell in other.cells for jobs in compare._course(other, cell, NoView()) for job in jobs]
+    assert [job.call.args[0].seed for job in jobs] == [2]
 
 
 def test_a_run_that_diverges_is_told_and_not_made_again(made, capfd):

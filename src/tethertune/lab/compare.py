@@ -180,11 +180,12 @@ def _search(comparison: Comparison, cell: Cell) -> "Search":
 
 
 def _is_done(config: FinetuneConfig, back: Interpolate | None) -> bool:
-    """Whether a run is there, with its interpolations."""
+    """Whether a run is there, with its interpolations, measured on the images that are meant."""
     folder = RunFolder(config)
-    if folder.status() != "complete":
-        return folder.status() == "diverged"
-    return back is None or {*back.alphas} <= {line["alpha"] for line in load(folder.path).interpolations}
+    if folder.status() != "complete" or back is None:
+        return folder.status() in ("complete", "diverged")
+    there = [line for line in load(folder.path).interpolations if back.retain in (None, line["retain"])]
+    return {*back.alphas} <= {line["alpha"] for line in there}
 
 
 def _finish(config: FinetuneConfig, part: Mapping[str, Any] | None, back: Interpolate | None) -> str:
