@@ -1,5 +1,4 @@
 import json
-import os
 import random
 import signal
 import subprocess
@@ -178,16 +177,20 @@ def test_a_cell_is_named_by_network_task_and_method(tiny):
 def test_killed_at_random_moments_and_started_again_it_finds_the_same(made):
     """Killed with SIGKILL, workers and all, six times at moments that no one chose."""
     comparison, path = made(SEARCHED.replace("seeds = 2", "seeds = 3"))
+    began = time.monotonic()
     compare.run(comparison, quiet=True)
+    longest = (time.monotonic() - began) / 3
     expected = tables(comparison.output)
     again = comparison.output.with_name("again")
     command = [sys.executable, "-m", "tethertune", "compare", path, "--output", again, "--executor", "processes"]
-    moments = random.Random(0)
+    moments, ends = random.Random(0), []
     for _ in range(6):
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             wait_for_a_file_below(again, process)
-            time.sleep(moments.uniform(0, 3))
-            os.kill(process.pid, signal.SIGKILL)
+            time.sleep(moments.uniform(0, longest))
+            process.kill()
+        ends.append(process.returncode)
+    assert ends[0] == -signal.SIGKILL, "it ended before it could be killed"
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     assert tables(again) == expected
     assert (again / "report.html").exists()
