@@ -5,7 +5,7 @@ import tethertune
 project = "tethertune"
 author = "The tethertune developers"
 release = tethertune.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx-mathjax-offline"]
 myst_enable_extensions = ["dollarmath", "deflist"]
 html_theme = "furo"
 html_title = "tethertune"
