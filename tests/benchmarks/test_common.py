@@ -1,20 +1,13 @@
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
 
-
-@pytest.fixture(scope="module")
-def common():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import common
-
-    yield common
-    sys.path.remove(str(ROOT / "benchmarks"))
+@pytest.fixture
+def common(benchmark):
+    return benchmark("common")
 
 
 def test_every_variant_is_timed_beside_the_base_after_what_comes_before(common):
