@@ -1,0 +1,241 @@
+/* What every kernel shares: the blocks of rows it works on, stored numbers as vectors of 16 floats, and (in row.inc, once
+ * for each pair of types) how a row is measured and brought into its ball.
+ *
+ * The promise is that of docs/exactness.md. Sums are taken in an order that depends on the length of a row alone, so
+ * that results have the same bits on any number of threads. Nothing here needs -ffast-math: vectors are explicit. A
+ * compiler may contract a * b + c to one rounding; every bound below holds with it and without.
+ */
+#ifndef TETHERTUNE_BALL_H
+#define TETHERTUNE_BALL_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define ERROR 0x1p-16  /* the largest relative error of a measured sum: at most 128 roundings of 2^-24 */
+#define AIM 0x1p-15    /* the share of the radius by which scaling in float32 aims inside */
+#define MARGIN 0x1p-40 /* the same for arithmetic in double, whose sums may be taken in any order */
+#define FAR 1e15       /* times the radius; from there a scale could lose digits */
+#define SMALLEST 1e-15 /* a distance whose square float32 still holds with all its digits */
+
+enum { LANES = 16, FLUSH = 2048 }; /* 2048 / 16: at most 128 additions a lane, then on to double */
+enum { F32, BF16, F16, ZERO };     /* types; ZERO for a centre that is 0 */
+enum { INSIDE, CHANGED, BROKEN };  /* what has been found of a row */
+enum { RADIAL, EUCLIDEAN };
+
+/* A block of rows. Each row is a gapless stretch of memory, in the same order in weights and centre; pointers need be
+ * aligned to their own type only. native.py has the same struct. */
+struct block {
+    void *w;              /* weights; changed where a row is outside */
+    const void *c;        /* centre; NULL: 0 */
+    const double *radius; /* of each row; for a Frobenius ball the first is that of the block's layer */
+    double size;          /* the largest norm of a row of the centre (of the layer, Frobenius); INFINITY: not known */
+    int64_t rows, columns, w_step, c_step; /* steps from row to row in elements */
+    int32_t w_type, c_type;
+    int64_t outside, broken; /* counted by the kernels: rows that were outside, rows (layers) that are not finite */
+};
+
+/* The least radius that scaling in float32 surely reaches around a centre of this norm. It rounds a weight w with the
+ * displacement t by at most u|w| + 4u|t|, u = 2^-24, a row by u (size + 5 radius); there is room for AIM / 4. */
+static inline double least_radius(double size) {
+    return fmax(0x1p-24 * size / (AIM / 4 - 5 * 0x1p-24), 1e-30);
+}
+
+/* ------------------------------------------------------------------------------------------------------- vectors */
+
+typedef float floats __attribute__((vector_size(64)));
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef int32_t masks __attribute__((vector_size(64)));
+typedef uint16_t shorts __attribute__((vector_size(32)));
+typedef float eight_floats __attribute__((vector_size(32)));
+typedef double doubles __attribute__((vector_size(64)));
+typedef int64_t longs __attribute__((vector_size(64)));
+
+#define INLINE static inline __attribute__((always_inline, unused))
+
+INLINE floats choose(masks mask, floats yes, floats no) { return (floats)(((masks)yes & mask) | ((masks)no & ~mask)); }
+INLINE words choose_words(masks mask, words yes, words no) { return (yes & (words)mask) | (no & ~(words)mask); }
+INLINE floats absolute(floats x) { return (floats)((words)x & 0x7fffffffu); }
+INLINE doubles absolute_doubles(doubles x) { return (doubles)((longs)x & INT64_MAX); }
+
+/* The 16 floats as two vectors of 8 doubles, and back to the nearest floats. */
+INLINE void widen(floats x, doubles *low, doubles *high) {
+    eight_floats half[2];
+    memcpy(half, &x, sizeof x);
+    *low = __builtin_convertvector(half[0], doubles);
+    *high = __builtin_convertvector(half[1], doubles);
+}
+
+INLINE floats narrow(doubles low, doubles high) {
+    eight_floats half[2] = {__builtin_convertvector(low, eight_floats), __builtin_convertvector(high, eight_floats)};
+    floats x;
+    memcpy(&x, half, sizeof x);
+    return x;
+}
+
+INLINE double add_up_doubles(doubles x) {
+    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+}
+
+INLINE double add_up(floats x) {
+    doubles low, high;
+    widen(x, &low, &high);
+    return add_up_doubles(low + high);
+}
+
+/* ------------------------------------------------------------------------------------- stored numbers as 16 floats */
+
+typedef float f32;
+typedef uint16_t bf16;
+typedef uint16_t f16;
+typedef char zero; /* a centre that is not stored */
+
+INLINE floats from_f32(const f32 *p) {
+    floats x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+INLINE words widen_words(const uint16_t *p) {
+    shorts x;
+    memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(x, words);
+}
+
+INLINE floats from_bf16(const bf16 *p) { return (floats)(widen_words(p) << 16); }
+
+INLINE floats from_f16(const f16 *p) {
+    words h = widen_words(p), size = h & 0x7fffu;
+    words normal = (size << 13) + (112u << 23);
+    words infinite = (size << 13) | 0x7f800000u;
+    floats subnormal = __builtin_convertvector((masks)size, floats) * 0x1p-24f;
+    words x = choose_words(size < 0x400u, (words)subnormal, choose_words(size >= 0x7c00u, infinite, normal));
+    return (floats)(x | ((h & 0x8000u) << 16));
+}
+
+INLINE floats from_zero(const zero *p) {
+    (void)p;
+    return (floats){0};
+}
+
+/* Rounded to nearest, ties to even. */
+INLINE void to_f32(f32 *p, floats x) { memcpy(p, &x, sizeof x); }
+
+INLINE void narrow_words(uint16_t *p, words x) {
+    shorts h = __builtin_convertvector(x, shorts);
+    memcpy(p, &h, sizeof h);
+}
+
+INLINE void to_bf16(bf16 *p, floats x) {
+    words bits = (words)x;
+    words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    narrow_words(p, choose_words((bits & 0x7fffffffu) > 0x7f800000u, (bits >> 16) | 0x40u, rounded));
+}
+
+INLINE void to_f16(f16 *p, floats x) {
+    words bits = (words)x, size = bits & 0x7fffffffu;
+    words shifted = size - (112u << 23);
+    words normal = (shifted + 0xfffu + ((shifted >> 13) & 1u)) >> 13;
+    words subnormal = (words)((floats)size + 0.5f) - 0x3f000000u; /* 0.5 has the unit of the subnormal numbers */
+    words h = choose_words(size < 0x38800000u, subnormal, normal);
+    h = choose_words(size >= 0x477ff000u, (words){0} + 0x7c00u, h);
+    h = choose_words(size > 0x7f800000u, (words){0} + 0x7e00u, h);
+    narrow_words(p, h | ((bits >> 16) & 0x8000u));
+}
+
+/* Fewer than 16 numbers, in pieces of a fixed size, which compile to plain moves. */
+#define COPY_PIECE(number)                                         \
+    if (n & (number)) {                                            \
+        memcpy(to, from, (number) * size);                         \
+        to += (number) * size, from += (number) * size;            \
+    }
+INLINE void copy_part(char *to, const char *from, int64_t n, const size_t size) {
+    COPY_PIECE(8) COPY_PIECE(4) COPY_PIECE(2) COPY_PIECE(1)
+}
+#undef COPY_PIECE
+
+/* load_T(p, n): min(n, 16) numbers, the rest of the vector 0; store_T(p, n, x) likewise writes only those. */
+#define LOAD(T)                                          \
+    INLINE floats load_##T(const T *p, int64_t n) {      \
+        if (n >= LANES) return from_##T(p);              \
+        T part[LANES] = {0};                             \
+        copy_part((char *)part, (const char *)p, n, sizeof(T)); \
+        return from_##T(part);                           \
+    }
+#define STORE(T)                                         \
+    INLINE void store_##T(T *p, int64_t n, floats x) {   \
+        if (n >= LANES) {                                \
+            to_##T(p, x);                                \
+        } else {                                         \
+            T part[LANES];                               \
+            to_##T(part, x);                             \
+            copy_part((char *)p, (const char *)part, n, sizeof(T)); \
+        }                                                \
+    }
+LOAD(f32) LOAD(bf16) LOAD(f16) STORE(f32) STORE(bf16) STORE(f16)
+#undef LOAD
+#undef STORE
+
+INLINE floats load_zero(const zero *p, int64_t n) {
+    (void)n;
+    return from_zero(p);
+}
+
+#define is_f32 F32
+#define is_bf16 BF16
+#define is_f16 F16
+
+/* Whether the first type has every number of the second. */
+#define holds_f32(C_TYPE) 1
+#define holds_bf16(C_TYPE) ((C_TYPE) == BF16 || (C_TYPE) == ZERO)
+#define holds_f16(C_TYPE) ((C_TYPE) == F16 || (C_TYPE) == ZERO)
+
+/* The stored number after the given one in the direction of its centre; sign and magnitude as ordered integers. */
+#define STEP(T, integer, lowest)                                            \
+    INLINE T step_##T(T w, int direction) {                                 \
+        integer bits;                                                       \
+        memcpy(&bits, &w, sizeof bits);                                     \
+        integer ordered = (integer)(bits < 0 ? (lowest) - bits : bits);     \
+        ordered = (integer)(ordered + direction);                           \
+        bits = (integer)(ordered < 0 ? (lowest) - ordered : ordered);       \
+        memcpy(&w, &bits, sizeof w);                                        \
+        return w;                                                           \
+    }
+STEP(f32, int32_t, INT32_MIN)
+STEP(bf16, int16_t, INT16_MIN)
+STEP(f16, int16_t, INT16_MIN)
+#undef STEP
+
+/* ------------------------------------------------------------------------------------------------- shrinking */
+
+/* How displacements t shrink in double: to t * scale; Euclidean, to sign(t) * max(height - (top - |t|), 0) * scale. */
+struct shrinking {
+    double scale, top, height;
+};
+
+INLINE doubles kept_of(doubles t, struct shrinking by) {
+    doubles kept = by.height - (by.top - absolute_doubles(t));
+    return (doubles)((longs)kept & (kept > 0));
+}
+
+INLINE doubles shrunk(doubles w, doubles c, struct shrinking by, const int projection) {
+    doubles t = w - c;
+    if (projection == RADIAL) return c + t * by.scale;
+    longs sign = (longs)t & INT64_MIN;
+    return c + (doubles)((longs)(kept_of(t, by) * by.scale) | sign);
+}
+
+/* ------------------------------------------------------------------------------------------- rows, by pair of types */
+
+#define PASTE(a, b, c) a##_##b##_##c
+#define EXPAND(a, b, c) PASTE(a, b, c)
+#define NAME(function) EXPAND(function, W, C) /* e.g. measure_f32_bf16 */
+#define PASTE_TWO(a, b) a##b
+#define OF(prefix, type) PASTE_TWO(prefix, type)
+
+/* pairs.inc includes PAIR_BODY once for each pair, with W, C and C_TYPE defined. */
+#define PAIR_BODY "row.inc"
+#include "pairs.inc"
+#undef PAIR_BODY
+
+#endif
