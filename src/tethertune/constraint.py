@@ -1,5 +1,6 @@
 """The constraint: every layer's weights stay inside a ball around the reference, after every optimiser step."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -290,6 +291,45 @@ class Constraint:
                     " as it is. Go back to the last checkpoint and lower the learning rate, or find the batch that"
                     " gave such a gradient."
                 )
+
+    # ------------------------------------------------------------------------------- other copies of the network
+
+    def on(self, model: nn.Module) -> "Constraint":
+        """The same balls for another copy of the network: an average of its weights, or its weights in another dtype.
+
+        Balls are convex, so an average of weights inside them (EMA, SWA, an interpolation) is inside as well, but for
+        its rounding to stored numbers, which can leave them; a cast can too. Projecting brings it inside exactly.
+
+        Args:
+            model: A network with the same parameters, also wrapped in ``torch.optim.swa_utils.AveragedModel``.
+
+        Returns:
+            A constraint around the same reference, attached to nothing.
+
+        Raises:
+            ConfigurationError: A ball holds no number of the copy's dtype.
+            PatternError: The copy lacks parameters that this constraint's patterns name.
+            ReferenceMismatchError: The copy is of another network.
+
+        Example:
+            >>> from torch.optim.swa_utils import AveragedModel
+            >>> model = nn.Linear(4, 2)
+            >>> constraint = Constraint(model, radius=0.5)
+            >>> average = AveragedModel(model)
+            >>> held = constraint.on(average)
+            >>> for _ in range(3):
+            ...     with torch.no_grad():
+            ...         _ = model.weight.add_(1)
+            ...     constraint.project()
+            ...     average.update_parameters(model)
+            ...     held.project()
+            >>> held.distances()["weight"].value <= 0.5
+            True
+        """
+        other = copy.copy(self)
+        other._model, other._steps, other._broken = model, 0, {}
+        other._build(self._reference)
+        return other
 
     # -------------------------------------------------------------------------------------------------- reporting
 
