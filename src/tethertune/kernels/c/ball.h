@@ -19,6 +19,7 @@
 #define SMALLEST 1e-15 /* a distance whose square float32 still holds with all its digits */
 
 enum { LANES = 16, FLUSH = 2048 }; /* 2048 / 16: at most 128 additions a lane, then on to double */
+enum { PIECE = 1 << 15 };          /* elements of a row of a Frobenius ball that have a sum of their own */
 enum { F32, BF16, F16, ZERO };     /* types; ZERO for a centre that is 0 */
 enum { INSIDE, CHANGED, BROKEN };  /* what has been found of a row */
 enum { RADIAL, EUCLIDEAN };
@@ -34,6 +35,14 @@ struct block {
     int32_t w_type, c_type;
     int64_t outside, broken; /* counted by the kernels: rows that were outside, rows (layers) that are not finite */
 };
+
+static inline int64_t pieces_of(const struct block *block) {
+    return block->rows * ((block->columns + PIECE - 1) / PIECE);
+}
+
+/* Bring layers into their Frobenius balls whose pieces have been measured (`measure`, power 2) into `sums`, in order;
+ * project.c. Returns the number of layers that are not finite, or -1 without memory. */
+int64_t settle_frobenius(struct block *blocks, int64_t count, double *sums, int threads);
 
 /* The least radius that scaling in float32 surely reaches around a centre of this norm. It rounds a weight w with the
  * displacement t by at most u|w| + 4u|t|, u = 2^-24, a row by u (size + 5 radius); there is room for AIM / 4. */
