@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 from tethertune import norms
 from tethertune.attachment import inner_optimizer, require_parameters
 from tethertune.errors import AttachError, ConfigurationError, ReferenceMismatchError
-from tethertune.reference import Reference, Source, like
+from tethertune.kernels.gradients import Gradients
+from tethertune.reference import Reference, Source
 from tethertune.rows import Convention, Layer, Rows, layers, select
 from tethertune.sharding import is_sharded, local
 
@@ -96,8 +97,8 @@ class Penalty:
         body = [layer for layer in self.layers if layer.role == "body"]
         names = [layer.name for layer in body]
         weights = Reference.of(model, names) if reference is None else Reference.load(reference, body)
-        self._reference = Reference({name: weights[name] for name in names})
-        self._centres: dict[str, Tensor] = {}
+        self._reference = weights.part(names)
+        self._kernel = Gradients()
         self._fingerprint: str | None = None
         self._stepping = False
 
@@ -204,16 +205,13 @@ class Penalty:
         """W - W0 (V for the head) in float32 or wider; the local part of a sharded weight."""
         weight = local(layer.weight)
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        if layer.role == "head":
-            return wide
         return wide - self._centre(layer, weight).to(wide.dtype)
 
     def _centre(self, layer: Layer, weight: Tensor) -> Tensor:
-        """W0 beside the local part of the weight, wherever the model has been moved to since."""
-        centre = self._centres.get(layer.name)
-        if centre is None or (centre.device, centre.stride()) != (weight.device, weight.stride()):
-            centre = self._centres[layer.name] = like(self._reference[layer.name], layer.weight, weight.device)
-        return centre
+        """W0 beside the local part of the weight, wherever the model has been moved to since; for the head one 0."""
+        if layer.role == "head":
+            return weight.new_zeros(()).expand(weight.shape)
+        return self._reference.beside(layer)
 
     def _norm(self, T: Tensor, rows: Rows) -> Tensor:
         return norms.mars(rows.matrix(T)) if self.norm == "mars" else norms.frobenius(T).square()
@@ -228,11 +226,14 @@ class Penalty:
             weight, price = layer.weight, self._price(layer)
             if id(weight) not in held or weight.grad is None or not weight.numel() or not price:
                 continue
-            gradient, T = local(weight.grad), self._displacement(layer)
+            gradient, W = local(weight.grad), local(weight)
+            centre, cut = self._centre(layer, W), _rows(layer).blocks
+            here = None if scale is None else scale.to(W.device, non_blocking=True)
             if self.norm == "mars":
-                _add_sign_of_largest_row(gradient, T, _rows(layer), price, scale)
+                parts = list(zip(cut(W), cut(centre), strict=True))
+                self._kernel.add_sign_of_largest_row(cut(gradient), parts, price, here)
             else:
-                gradient.add_(_scaled(T, scale), alpha=2 * price)
+                self._kernel.add_displacement(gradient, W, centre, 2 * price, here)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -281,18 +282,3 @@ def head_strength_for(head: str | None, head_strength: float | None) -> float:
 def _rows(layer: Layer) -> Rows:
     # The authors take the whole vector of batch-norm scales for one row.
     return replace(layer.rows, single=True) if layer.rows.kind == "scale" else layer.rows
-
-
-def _scaled(T: Tensor, scale: Tensor | None) -> Tensor:
-    return T if scale is None else T * scale.to(T.device, non_blocking=True)
-
-
-def _add_sign_of_largest_row(gradient: Tensor, T: Tensor, rows: Rows, price: float, scale: Tensor | None) -> None:
-    """Add ``price * scale * sign(t)`` to one row of the gradient, that of the row t of T with the largest l1 norm."""
-    largest = norms.row_sums(rows.matrix(T)).argmax()
-    for k, (source, target) in enumerate(zip(rows.blocks(T), rows.blocks(gradient), strict=True)):
-        row = (largest - k * len(source)).reshape(1)
-        inside = (row >= 0) & (row < len(source))
-        row = row.clamp(0, len(source) - 1)
-        sign = source.index_select(0, row).sign() * inside.view(-1, *[1] * (source.ndim - 1))
-        target.index_add_(0, row, _scaled(sign, scale).to(target.dtype), alpha=price)

@@ -26,7 +26,7 @@ from tethertune import norms, projections
 from tethertune.kernels import exact
 from tethertune.kernels.rounding import MARGIN, floor
 
-__all__ = ["Chunked", "Parts"]
+__all__ = ["Chunked", "Parts", "gapless_rows"]
 
 Parts = Sequence[tuple[Tensor, Tensor]]
 """A layer as pairs of weights and reference, whose axis 0 numbers the rows. The weights are changed in place, the
@@ -148,9 +148,18 @@ class Chunked:
         settled[chosen] = sure or self._row_sums(w, c, precision) <= (radius * (1 - precision.error))[chosen]
         return suspects[~settled[suspects]]
 
-    def distances(self, W: Tensor, centre: Tensor) -> Tensor:
-        """The l1 distance of each row from its centre as the promise states it, in float64: float64, (rows,)."""
-        parts = [self._row_sums(matrix, centres, _DOUBLE) for _, matrix, centres in _chunks([(W, centre)])]
+    def distances(self, W: Tensor, centre: Tensor, *, exactly: bool = True) -> Tensor:
+        """The l1 distance of each row from its centre: float64, (rows,).
+
+        Args:
+            W: Weights whose axis 0 numbers the rows.
+            centre: The reference, of the same shape, on any device.
+            exactly: Take the differences in float64, as the promise states it; otherwise with the error of level 1.
+        """
+        parts = [
+            self._row_sums(matrix, centres, _DOUBLE if exactly else _precision(matrix, centres))
+            for _, matrix, centres in _chunks([(W, centre)])
+        ]
         return torch.cat(parts) if parts else torch.zeros(len(W), dtype=torch.float64, device=W.device)
 
     # ---------------------------------------------------------------------------------------------- Frobenius ball
@@ -317,7 +326,7 @@ def _matrices(w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     kernels need no copy.
     """
     rows, columns = len(w), w.numel() // len(w)
-    if _gapless_rows(w, columns):
+    if gapless_rows(w, columns):
         constant = not any(c.stride())  # the head's centre is one zero, expanded
         if constant or w.stride() == c.stride():
             inner = (0, 0) if constant else (c.stride(0), 1)
@@ -325,7 +334,7 @@ def _matrices(w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return w.reshape(rows, columns), c.reshape(rows, columns)
 
 
-def _gapless_rows(w: Tensor, columns: int) -> bool:
+def gapless_rows(w: Tensor, columns: int) -> bool:
     """Whether each row fills a stretch of memory, in any order of its axes."""
     expected = 1
     for stride, size in sorted((s, n) for n, s in zip(w.shape[1:], w.stride()[1:], strict=True) if n > 1):
