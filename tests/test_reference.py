@@ -10,7 +10,7 @@ from torch import nn
 
 from tethertune import rows
 from tethertune.errors import ReferenceMismatchError, TethertuneError
-from tethertune.reference import Reference, like
+from tethertune.reference import Reference
 
 torch.set_num_threads(1)
 
@@ -164,7 +164,6 @@ def test_the_fingerprint_is_of_the_content_alone():
         TENSORS | {"a": torch.tensor([1.0, -2.0]).nextafter(torch.tensor(9.0))},
         TENSORS | {"b": torch.tensor([[-0.0]])},
         TENSORS | {"a": TENSORS["a"].double()},
-        TENSORS | {"a": TENSORS["a"].bfloat16()},
         TENSORS | {"b": torch.tensor([0.0])},
         TENSORS | {"c": torch.ones(0)},
         {"a": TENSORS["a"]},
@@ -182,17 +181,76 @@ def test_the_fingerprint_is_the_same_from_every_source(tmp_path):
     assert len(set(prints.values())) == 1, prints
 
 
-def test_in_another_dtype():
-    reference = Reference(TENSORS).to(dtype=torch.bfloat16, device="cpu")
-    assert reference["a"].dtype == torch.bfloat16
-    assert reference["a"].tolist() == [1.0, -2.0]
+def test_one_fingerprint_of_a_16_bit_checkpoint_and_the_float32_model_loaded_from_it(tmp_path):
+    model = network().bfloat16()
+    low = snapshot(model)
+    save_file(low, tmp_path / "weights.safetensors")
+    prints = {load(source, model).fingerprint() for source in (low, tmp_path / "weights.safetensors", model.float())}
+    assert len(prints) == 1
+    given = hashlib.sha256(b"a (2,) torch.bfloat16\n" + struct.pack("<2H", 0x3F80, 0xC000)).hexdigest()
+    reference = Reference({"a": TENSORS["a"].bfloat16()})
+    assert reference.fingerprint() == Reference({"a": TENSORS["a"]}).fingerprint() == reference.keep().fingerprint()
+    assert reference.fingerprint(as_given=True) == f"sha256:{given}"
 
 
-def test_like_takes_the_strides_of_the_weight():
-    weight = torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last)
-    reference = torch.randn(4, 3, 2, 2, dtype=torch.bfloat16)
-    found = like(reference, weight, weight.device)
-    assert found.stride() == weight.stride()
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, reference)
-    assert like(found, weight, weight.device) is found
+@pytest.mark.parametrize(
+    ("values", "stored"),
+    [
+        (torch.randn(300, 40, generator=torch.Generator().manual_seed(0)), torch.float32),
+        (torch.tensor([1.0, -0.0, 3.3895e38]).bfloat16().float(), torch.bfloat16),
+        (torch.tensor([1.0009765625, 6e-8]).half().float(), torch.float16),
+        (torch.tensor([1.0, 1.0 + 2.0**-23]).double(), torch.float32),
+        (torch.tensor([1.0, 1.0 + 2.0**-52], dtype=torch.float64), torch.float64),
+        (torch.tensor([1.0, float("nan")]), torch.float32),
+        (torch.ones(2, 3).half(), torch.float16),
+        (torch.ones(()), torch.bfloat16),
+    ],
+)
+def test_a_copy_takes_the_narrowest_dtype_that_changes_no_bit(values, stored):
+    kept = Reference({"a": values}).keep()
+    assert kept.stored("a").dtype == stored
+    assert kept.stored("a").data_ptr() != values.data_ptr()
+    assert kept["a"].dtype == values.dtype
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    assert torch.equal(kept["a"].view(bits), values.view(bits))
+    assert kept.nbytes() == {"mapped": 0, "cpu": values.numel() * stored.itemsize}
+    assert not kept.rounded
+
+
+def test_one_odd_weight_among_many_is_found():
+    values = torch.ones(1 << 20)
+    values[-1] = 1.001
+    assert Reference({"a": values}).keep().stored("a").dtype == torch.float32
+
+
+def test_a_rounded_copy_remembers_the_exact_fingerprint():
+    exact = Reference({"a": torch.tensor([1.0, 1.001]), "b": torch.tensor([1.0])})
+    kept = exact.keep(dtype=torch.bfloat16)
+    assert kept.rounded
+    assert kept.fingerprint() == exact.fingerprint()
+    assert kept.stored("a").dtype == kept.stored("b").dtype == torch.bfloat16
+    assert kept["a"].dtype == torch.float32
+    assert not exact.keep(dtype=torch.float64).rounded
+
+
+def test_beside_takes_the_form_of_the_weight_and_leaves_no_second_copy():
+    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Conv2d(3, 4, 2))
+    found = rows.layers(model)
+    values = model[0].weight.detach().clone()
+    reference = load(model, model)
+    model.to(memory_format=torch.channels_last)
+    beside = reference.beside(found[0])
+    assert beside.stride() == model[0].weight.stride()
+    assert torch.equal(beside, values)
+    assert reference.stored("0.weight") is reference.beside(found[0]) is beside
+    assert torch.equal(reference["0.weight"], values)
+
+
+def test_beside_leaves_a_mapped_reference_in_its_file(tmp_path):
+    model = nn.Conv2d(3, 4, 2)
+    reference = load(saved(model, tmp_path / "weights.safetensors"), model)
+    model.to(memory_format=torch.channels_last)
+    layer = rows.layers(model)[0]
+    assert reference.beside(layer).data_ptr() == reference.stored("weight").data_ptr()
+    assert reference.nbytes() == {"mapped": 4 * (48 + 4)}
+    assert reference.keep(copy=False, device=torch.device("meta")).nbytes()["mapped"] == 0

@@ -1,5 +1,6 @@
 """One ball a layer: its centre and radius, brought into the dtype, device, layout and sharding of the weight."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -8,11 +9,12 @@ from torch import Tensor
 from tethertune import norms
 from tethertune.errors import ConfigurationError
 from tethertune.kernels.chunked import Chunked
-from tethertune.reference import Reference, like
+from tethertune.kernels.stretches import Stretches, as_stretches
+from tethertune.reference import Reference, stretches
 from tethertune.rows import Layer, Rows
-from tethertune.sharding import full, local, refuse_split_rows, shard_like
+from tethertune.sharding import full, is_sharded, local, refuse_split_rows, shard_like
 
-__all__ = ["AUTHORS_EPSILON", "Ball", "Block", "make_ball", "reference_norm"]
+__all__ = ["AUTHORS_EPSILON", "Ball", "Block", "distance_between", "make_ball", "reference_norm"]
 
 AUTHORS_EPSILON = 1e-6
 """What the authors' code adds to a running variance, whatever the layer's own epsilon."""
@@ -46,7 +48,7 @@ class Ball:
         layer: Whose weights it holds.
         norm: ``"mars"`` or ``"frobenius"``.
         radius: gamma_j, finite, in the norm.
-        centre: The reference, whole or sharded; ``None`` for the head's ball around 0.
+        reference: What holds its centre; ``None`` for the head's ball around 0.
         size: The norm of the centre.
         centre_variance: The reference running variance of a batch-norm scale under the authors' convention.
         shift: How far a lossy reference lies from the true one, in the norm: (rows,) for MARS, 0-d for Frobenius.
@@ -55,7 +57,7 @@ class Ball:
     layer: Layer
     norm: str
     radius: float
-    centre: Tensor | None
+    reference: Reference | None
     size: float = 0.0
     centre_variance: Tensor | None = None
     shift: Tensor | None = None
@@ -94,6 +96,22 @@ class Ball:
         shifts = [None] * len(radii) if shift is None else shift.chunk(self._rows.groups)
         return [Block(w, c, r, shift=s) for w, c, r, s in zip(cut(W), cut(centre), radii, shifts, strict=True)]
 
+    def in_memory(self, *, device: torch.device | None = None) -> list[Stretches] | None:
+        """The weight as it is now, as what kernels hold on to from step to step; ``None`` where they cannot.
+
+        They can where rows are stretches of memory, a Frobenius ball is not shared out among ranks, and radius and
+        centre stay: those of a batch-norm scale under the authors' convention move with the running variance.
+
+        Args:
+            device: Where the centre is kept; ``None``: beside the weight.
+        """
+        if self.centre_variance is not None or (not self.by_row and is_sharded(self.layer.weight)):
+            return None
+        blocks = self.blocks(device=device)
+        found = [as_stretches(b.weight, b.centre, b.radius, size=self.size, by_row=self.by_row) for b in blocks]
+        whole = [rows for rows in found if rows is not None]
+        return whole if len(whole) == len(blocks) else None
+
     def _prepare(self, weight: Tensor, W: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         """Centre, radius of each row and shift, local; made again only when the weight changes its form."""
         form = (id(weight), W.dtype, W.device, W.shape, W.stride())
@@ -102,10 +120,10 @@ class Ball:
             if self.by_row:
                 axis_0 = rows.axis == 0 and rows.groups == 1 and not rows.single
                 refuse_split_rows(weight, self.layer.name, axis_0=axis_0)
-            if self.centre is None:
+            if self.reference is None:
                 centre = torch.zeros((), dtype=W.dtype, device=W.device).expand(W.shape)
             else:
-                centre = like(self.centre, weight, device)
+                centre = self.reference.beside(self.layer, device)
             shift = None if self.shift is None else self.shift.expand(rows.shape(weight)[0])
             if shift is not None:
                 shift = shard_like(shift.contiguous(), weight).to(W.device)
@@ -143,53 +161,74 @@ class Ball:
         return torch.cat(parts)
 
 
-def make_ball(
-    layer: Layer, norm: str, radius: float, size: float, reference: Reference, dtype: torch.dtype | None
-) -> Ball:
-    """The ball around a layer's reference of the norm ``size``, with the reference stored in the given dtype.
+def make_ball(layer: Layer, norm: str, radius: float, size: float, shift: Tensor, reference: Reference) -> Ball:
+    """The ball around a layer's reference.
+
+    Args:
+        layer: Whose weights it is for.
+        norm: ``"mars"`` or ``"frobenius"``.
+        radius: gamma_j.
+        size: The norm of the true reference.
+        shift: How far the stored reference lies from the true one; see :func:`distance_between`.
+        reference: The stored reference.
 
     Raises:
-        ConfigurationError: The centre, in the stored dtype or in the weight's, is further from the reference than the
-            radius, so that there is no ball left.
+        ConfigurationError: The centre, in the stored dtype or in the weight's, is further from the true reference than
+            the radius, so that there is no ball left.
     """
-    true = reference[layer.name]
-    variance = reference[layer.variance_name] if layer.rows.kind == "scale" else None
-    stored = true if dtype is None or variance is not None else true.to(dtype)
-    shift = _distance(layer, norm, stored, true)
-    floor = _distance(layer, norm, stored.to(layer.weight.dtype), stored)
+    stored, dtype = reference.stored(layer.name), layer.weight.dtype
+    floor = distance_between(layer, norm, stored, dtype).to(shift.device)
     for what, rounded, moved in (
         ("reference_dtype", stored.dtype, shift),
-        ("the weights' dtype", layer.weight.dtype, shift + floor),
+        ("the weights' dtype", dtype, shift + floor),
     ):
         if bool((moved > radius).any()):
             raise ConfigurationError(
-                f"{what}={rounded} moves the centre of {layer.name} by up to {float(moved.max()):.3g}, more"
-                f" than its radius {radius:.3g}: keep the reference in {true.dtype}, or choose a larger radius."
+                f"{what}={rounded} moves the centre of {layer.name} by up to {float(moved.max()):.3g}, more than its"
+                f" radius {radius:.3g}: keep the reference and the weights in wider dtypes, or choose a larger radius."
             )
+    variance = reference[layer.variance_name] if layer.rows.kind == "scale" else None
     size += float(shift.max())
-    return Ball(layer, norm, radius, stored, size, variance, shift if bool(shift.any()) else None)
+    return Ball(layer, norm, radius, reference, size, variance, shift if bool(shift.any()) else None)
 
 
-def _distance(layer: Layer, norm: str, a: Tensor, b: Tensor) -> Tensor:
-    """How far two versions of a layer lie apart: (rows,) for MARS, 0-d for Frobenius, float64."""
-    if a.dtype == b.dtype or not a.numel():
-        return torch.zeros((), dtype=torch.float64, device=a.device)
-    T = layer.rows.matrix(full(a).double() - full(b).double())
-    return norms.row_sums(T) if norm == "mars" else norms.frobenius(T)
+def distance_between(layer: Layer, norm: str, centre: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far a layer's centre is moved by rounding to a dtype: (rows,) for MARS, else 0-d, 0 if exact; float64."""
+    if torch.promote_types(centre.dtype, dtype) == dtype or not centre.numel():
+        return torch.zeros((), dtype=torch.float64, device=centre.device)
+    moved = (matrix.to(dtype).double() - matrix for matrix in _matrices(layer, full(centre)))
+    if norm == "mars":
+        return torch.cat([norms.row_sums(T) for T in moved])
+    return _root_of_squares(moved)
 
 
 def reference_norm(layer: Layer, norm: str, reference: Reference) -> float:
-    """A layer's own norm, for radii relative to it.
+    """A layer's own norm, for radii relative to it; the same bits in whatever dtype the reference is stored.
 
     Raises:
         ConfigurationError: The reference is not finite.
     """
-    weight = full(reference[layer.name]).detach()
+    weight = full(reference.stored(layer.name)).detach()
     if layer.rows.kind == "scale":
-        value = (weight.double() / (full(reference[layer.variance_name]).double() + AUTHORS_EPSILON).sqrt()).abs().max()
+        variance = full(reference.stored(layer.variance_name)).double()
+        value = (weight.double() / (variance + AUTHORS_EPSILON).sqrt()).abs().max()
+    elif not weight.numel():
+        return 0.0
+    elif norm == "mars":
+        value = torch.stack([norms.mars(matrix) for matrix in _matrices(layer, weight)]).amax()
     else:
-        matrix = layer.rows.matrix(weight)
-        value = norms.mars(matrix) if norm == "mars" else norms.frobenius(matrix)
+        value = _root_of_squares(_matrices(layer, weight))
     if not value.isfinite():
         raise ConfigurationError(f"The reference of {layer.name} holds a NaN or an infinity: load it again.")
     return float(value)
+
+
+def _matrices(layer: Layer, weight: Tensor) -> Iterator[Tensor]:
+    """The rows of a layer's weight in float64, some at a time, in order."""
+    for block in layer.rows.blocks(weight):
+        for part in stretches(block):
+            yield part.double().reshape(len(part), -1)
+
+
+def _root_of_squares(matrices: Iterable[Tensor]) -> Tensor:
+    return torch.stack([norms.add_up_rows(matrix.square()).sum() for matrix in matrices]).sum().sqrt()

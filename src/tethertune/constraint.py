@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 from tethertune import rows
 from tethertune.attachment import inner_optimizer, require_parameters
-from tethertune.balls import Ball, make_ball, reference_norm
+from tethertune.balls import Ball, distance_between, make_ball, reference_norm
 from tethertune.errors import (
     ConfigurationError,
     NonFiniteWeightError,
@@ -21,6 +22,7 @@ from tethertune.errors import (
     did_you_mean,
 )
 from tethertune.kernels.chunked import Chunked, Parts
+from tethertune.kernels.plan import Plan
 from tethertune.reference import Reference, Source
 from tethertune.rows import Convention, Layer, Role
 from tethertune.sharding import is_sharded, local, reduce_over_shards
@@ -175,11 +177,14 @@ class Constraint:
             if layer.weight.dtype not in _DTYPES:
                 allowed = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
                 raise ConfigurationError(f"{layer.name} is {layer.weight.dtype}; a ball needs one of {allowed}.")
-        self._reference = Reference.load(source, [layer for layer in radii if layer.role == "body"])
-        if self._reference_device is not None:
-            self._reference = self._reference.to(device=self._reference_device)
+        body = [layer for layer in radii if layer.role == "body"]
+        seen = Reference.view(source, body)
+        self._measure_reference(seen, body)
+        ours = isinstance(source, Reference | str | Path)  # anything else may be the trained weights themselves
+        self._reference = seen.keep(body, dtype=self._reference_dtype, device=self._reference_device, copy=not ours)
         self._kernel = Chunked(chosen["projection"])
         self._balls = [self._ball(layer, given) for layer, given in radii.items()]
+        self._plans: dict[bool, Plan] = {}
 
     def _radii(self) -> dict[Layer, list[float | Relative]]:
         """The radii given for every layer that is not free; a tied layer can have several: the smallest counts."""
@@ -199,13 +204,31 @@ class Constraint:
         finite = {layer: [radius for radius in given if radius != math.inf] for layer, given in radii.items()}
         return {layer: given for layer, given in finite.items() if given}
 
+    def _measure_reference(self, seen: Reference, layers: Sequence[Layer]) -> None:
+        """The norm of each layer's reference, and how far storing it moves it: only as long as it is not rounded."""
+        norm = self._settings["norm"]
+        what = (norm, self._settings["convention"], set(seen))
+        if not seen.rounded:
+            self._measured, self._measured_what = {}, what
+            for layer in layers:
+                true = seen.stored(layer.name)
+                stored = self._reference_dtype if self._reference_dtype and layer.rows.kind != "scale" else true.dtype
+                shift = distance_between(layer, norm, true, stored)
+                self._measured[layer.name] = (reference_norm(layer, norm, seen), shift)
+        elif what != self._measured_what:
+            raise ConfigurationError(
+                f"With reference_dtype={self._reference_dtype} the exact reference is not kept, and how far it was"
+                " moved is known in one norm for the layers that had a ball: build the constraint with the saved norm,"
+                " convention, include, exclude and radius, then load."
+            )
+
     def _ball(self, layer: Layer, given: Sequence[float | Relative]) -> Ball:
         norm = self._settings["norm"]
-        size = 0.0 if layer.role == "head" else reference_norm(layer, norm, self._reference)
-        radius = min(r.ratio * size if isinstance(r, Relative) else r for r in given)
         if layer.role == "head":
-            return Ball(layer, norm, radius, None)
-        return make_ball(layer, norm, radius, size, self._reference, self._reference_dtype)
+            return Ball(layer, norm, min(r for r in given if not isinstance(r, Relative)), None)
+        size, shift = self._measured[layer.name]
+        radius = min(r.ratio * size if isinstance(r, Relative) else r for r in given)
+        return make_ball(layer, norm, radius, size, shift, self._reference)
 
     # ------------------------------------------------------------------------------------------------ projecting
 
@@ -232,20 +255,23 @@ class Constraint:
             NonFiniteWeightError: A row holds a NaN or an infinity (on an accelerator: see ``check_every``). It is left
                 as it is, all other rows are inside.
         """
-        self._project(self._balls)
+        self._project(trainable=False)
 
     def _after_step(self) -> None:
-        self._project([ball for ball in self._balls if ball.layer.weight.requires_grad])
+        self._project(trainable=True)
 
     @torch.no_grad()
-    def _project(self, balls: Sequence[Ball]) -> None:
+    def _project(self, *, trainable: bool) -> None:
         self._steps += 1
+        plan = self._plan(trainable=trainable)
+        self._count_broken(plan.project(), torch.device("cpu"))
+        balls = [self._balls[number] for number in plan.rest]
         for ball in balls:
             if ball.by_row:
                 for block in ball.blocks(device=self._reference_device):
                     size = ball.size if block.unit is None else math.inf  # known in that unit alone
                     broken = self._kernel.rows(block.weight, block.centre, block.radius, size=size)
-                    self._count_broken(broken, block.weight)
+                    self._count_broken(broken, block.weight.device)
         self._project_frobenius([ball for ball in balls if not ball.by_row])
         if self._broken and (self._steps % self._check_every == 0 or torch.device("cpu") in self._broken):
             self._look()
@@ -258,7 +284,8 @@ class Constraint:
             if is_sharded(ball.layer.weight) or ball.layer.weight.device.type != "cpu":
                 apart.append((ball, parts))
             else:
-                self._count_broken(self._kernel.frobenius(parts, ball.room, size=ball.size), ball.layer.weight)
+                broken = self._kernel.frobenius(parts, ball.room, size=ball.size)
+                self._count_broken(broken, ball.layer.weight.device)
         if not apart:
             return
         shares = [self._kernel.shares(parts) for _, parts in apart]
@@ -266,15 +293,46 @@ class Constraint:
         totals = reduce_over_shards([s.sum(dim=0).to(w.device) for s, w in zip(shares, weights, strict=True)], weights)
         for (ball, pieces), share, total in zip(apart, shares, totals, strict=True):
             self._kernel.scale(pieces, ball.room, share, total)
-            self._count_broken((~total[0].isfinite()).long(), total)
+            self._count_broken((~total[0].isfinite()).long(), total.device)
+
+    def _plan(self, *, trainable: bool) -> Plan:
+        """What one step has in common with the next; made again when a weight has moved, changed or been frozen."""
+        plan = self._plans.get(trainable)
+        if plan is None or not plan.holds():
+            wanted = [ball.layer.weight.requires_grad or not trainable for ball in self._balls]
+            rows = [
+                ball.in_memory(device=self._reference_device) if taken else []
+                for ball, taken in zip(self._balls, wanted, strict=True)
+            ]
+            chosen = self._settings
+            plan = Plan([ball.layer for ball in self._balls], rows, chosen["norm"], chosen["projection"])
+            self._plans[trainable] = plan
+        return plan
+
+    @property
+    def backend(self) -> str:
+        """What brings the weights inside: ``"native"`` (C, on a CPU), ``"triton"`` (CUDA) or ``"chunked"`` (PyTorch).
+
+        All do the same; ``chunked`` is slower. It also takes the layers that the others cannot: float64, rows with gaps
+        between their weights (a transposed convolution, transformers' ``Conv1D``), batch-norm scales under the authors'
+        convention, a sharded Frobenius ball, a reference on another device. ``"chunked"`` alone means that it does
+        everything: there is no C compiler or no Triton (the log says why at level INFO), or no layer suits them.
+
+        The environment variable ``TETHERTUNE_BACKEND`` forces one.
+
+        Raises:
+            ConfigurationError: The forced one cannot run here, and why.
+        """
+        with torch.no_grad():
+            return self._plan(trainable=False).backend
 
     # ---------------------------------------------------------------------------------------- weights not finite
 
-    def _count_broken(self, count: int | Tensor, weight: Tensor) -> None:
+    def _count_broken(self, count: int | Tensor, device: torch.device) -> None:
         if isinstance(count, Tensor) or count:
-            before = self._broken.get(weight.device)
-            new = torch.as_tensor(count, device=weight.device)
-            self._broken[weight.device] = new if before is None else before + new
+            before = self._broken.get(device)
+            new = torch.as_tensor(count, device=device)
+            self._broken[device] = new if before is None else before + new
 
     def _look(self) -> None:
         """Raise for rows that were counted as not finite."""
@@ -415,7 +473,8 @@ class Constraint:
         self._settings, self._fingerprint = {"head_bias": "free", **state["settings"]}, None  # 0.1.0 had none
         try:
             self._build(self._reference)
-            if self.state_dict()["fingerprint"] != state["fingerprint"]:
+            saved = state["fingerprint"]
+            if self.state_dict()["fingerprint"] != saved != self._reference.fingerprint(as_given=True):
                 raise ReferenceMismatchError(
                     "The reference is not the one that this state was saved with: build the constraint with"
                     " reference= the original pre-trained weights (before loading the fine-tuned ones), then load."

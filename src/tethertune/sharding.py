@@ -17,7 +17,17 @@ if TYPE_CHECKING:
 
 from tethertune.errors import ConfigurationError
 
-__all__ = ["full", "is_sharded", "local", "reduce_over_shards", "refuse_split_rows", "shard_like"]
+__all__ = [
+    "axes_of_shards",
+    "from_part",
+    "full",
+    "is_sharded",
+    "local",
+    "reduce_over_shards",
+    "refuse_split_rows",
+    "shard_like",
+    "sharded_alike",
+]
 
 
 def is_sharded(tensor: Tensor) -> "TypeIs[DTensor]":
@@ -40,17 +50,54 @@ def shard_like(tensor: Tensor, pattern: Tensor) -> Tensor:
     """The part of a tensor (every rank holds all of it, or it is sharded already) that belongs beside ``pattern``'s.
 
     Args:
-        tensor: A tensor whose axis 0 is that of ``pattern``, whole or sharded.
+        tensor: A tensor whose axis 0 is that of ``pattern``, whole or sharded. Of a whole one the part is a view, and
+            nothing is sent (only shards of shards along one axis, FSDP2 over tensor parallelism, are copied).
         pattern: A whole or sharded tensor.
     """
     if not is_sharded(pattern):
         return full(tensor)
     if is_sharded(tensor):
         return tensor.redistribute(pattern.device_mesh, pattern.placements).to_local()
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    tensor = tensor.to(pattern.device_mesh.device_type)
-    return distribute_tensor(tensor, pattern.device_mesh, pattern.placements, src_data_rank=None).to_local()
+    if not all(isinstance(p, Replicate | Shard) for p in pattern.placements):
+        return distribute_tensor(
+            tensor.to(pattern.device_mesh.device_type), pattern.device_mesh, pattern.placements, src_data_rank=None
+        ).to_local()
+    for axis, placement in enumerate(pattern.placements):
+        if isinstance(placement, Shard):
+            parts = tensor.chunk(pattern.device_mesh.size(axis), placement.dim)
+            mine = pattern.device_mesh.get_local_rank(axis)
+            tensor = parts[mine] if mine < len(parts) else tensor.narrow(placement.dim, 0, 0)
+    return tensor
+
+
+def from_part(part: Tensor, pattern: Tensor) -> Tensor:
+    """The tensor, sharded as ``pattern``, of which each rank has given its part; the part itself if that is whole."""
+    if not is_sharded(pattern):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part,
+        pattern.device_mesh,
+        pattern.placements,
+        run_check=False,
+        shape=pattern.shape,
+        stride=pattern.stride(),
+    )
+
+
+def sharded_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are both whole, or shared out among the same ranks in the same way."""
+    if is_sharded(a) and is_sharded(b):
+        return a.device_mesh == b.device_mesh and a.placements == b.placements
+    return is_sharded(a) == is_sharded(b)
+
+
+def axes_of_shards(tensor: "DTensor") -> list[int | None]:
+    """For each axis of the mesh, the axis of the tensor that is shared out along it; ``None`` for copies."""
+    return [getattr(placement, "dim", None) for placement in tensor.placements]  # is_shard() misses shards of shards
 
 
 def refuse_split_rows(weight: Tensor, name: str, *, axis_0: bool) -> None:
@@ -66,7 +113,8 @@ def refuse_split_rows(weight: Tensor, name: str, *, axis_0: bool) -> None:
     """
     if not is_sharded(weight):
         return
-    split = [p for p in weight.placements if not (p.is_replicate() or (axis_0 and p.is_shard(0)))]
+    axes = axes_of_shards(weight)
+    split = [p for p, axis in zip(weight.placements, axes, strict=True) if axis is not None and (axis or not axis_0)]
     if split:
         raise ConfigurationError(
             f"{name} is sharded as {split[0]}, which spreads its rows over ranks; the ball needs whole rows on a rank:"
@@ -88,8 +136,8 @@ def reduce_over_shards(values: Sequence[Tensor], weights: Sequence[Tensor], oper
     groups: dict[tuple[DeviceMesh, int], list[int]] = {}
     for i, weight in enumerate(weights):
         if is_sharded(weight):
-            for axis, placement in enumerate(weight.placements):
-                if placement.is_shard():
+            for axis, shared_out in enumerate(axes_of_shards(weight)):
+                if shared_out is not None:
                     groups.setdefault((weight.device_mesh, axis), []).append(i)
     result = list(values)
     for (mesh, axis), members in groups.items():
