@@ -271,7 +271,7 @@ def _narrowest(tensors: Sequence[Tensor]) -> list[torch.dtype]:
 
 
 def _holds(dtype: torch.dtype, tensor: Tensor) -> bool:
-    if dtype.itemsize >= tensor.element_size():
+    if dtype.itemsize >= tensor.element_size() or tensor.is_meta:
         return False
     return all(torch.equal(part.to(dtype).to(part.dtype), part) for part in stretches(tensor.detach()))
 
