@@ -24,6 +24,7 @@ ORDER = [
     "projections",
     "reference",
     "kernels",
+    "optim",
     "attachment",
     "balls",
     "constraint",
@@ -49,7 +50,8 @@ def module_name(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-CORE_FILES = [path for path in FILES if storey(path) in CORE or path == Path("__init__.py")]
+NEEDS_TRITON = Path("kernels/triton.py")  # which comes with PyTorch where that is built for CUDA
+CORE_FILES = [path for path in FILES if (storey(path) in CORE and path != NEEDS_TRITON) or path == Path("__init__.py")]
 ids = {"ids": str}
 
 
@@ -94,6 +96,25 @@ def test_imports_run_downwards(path):
 def test_the_core_names_no_other_package(path):
     roots = {name.split(".")[0] for name in imports(path)}
     assert roots <= {*sys.stdlib_module_names, "torch", "safetensors", "tethertune"}
+
+
+def test_triton_is_imported_by_its_module_alone_and_that_only_where_it_is_needed():
+    for path in FILES:
+        roots = {name.split(".")[0] for name in imports(path)}
+        assert ("triton" in roots) == (path == NEEDS_TRITON)
+        at_once = {
+            f"{node.module}.{alias.name}"
+            for node in ast.parse((SOURCE / path).read_text()).body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        assert not {name for name in at_once if name.startswith("tethertune.kernels.triton")}, path
+    assert {name.split(".")[0] for name in imports(NEEDS_TRITON)} <= {
+        *sys.stdlib_module_names,
+        "torch",
+        "triton",
+        "tethertune",
+    }
 
 
 BLOCKED = """
