@@ -260,7 +260,7 @@ def _open(source: Mapping[str, Tensor] | nn.Module | str | Path) -> dict[str, Te
 def _narrowest(tensors: Sequence[Tensor]) -> list[torch.dtype]:
     """The narrowest dtype that holds every number of each tensor, the same on all ranks that share one."""
     misses = [
-        torch.tensor([not _holds(dtype, local(t)) for dtype in _NARROW], dtype=torch.float32).to(local(t).device)
+        torch.tensor([not _holds(d, local(t)) for d in _NARROW], device=local(t).device if is_sharded(t) else "cpu").int()
         for t in tensors
     ]
     agreed = reduce_over_shards(misses, tensors, "max")
