@@ -16,6 +16,7 @@
 #define AIM 0x1p-15    /* the share of the radius by which scaling in float32 aims inside */
 #define MARGIN 0x1p-40 /* the same for arithmetic in double, whose sums may be taken in any order */
 #define FAR 1e15       /* times the radius; from there a scale could lose digits */
+#define NEAR 0x1p8     /* times the radius; up to there float32 finds the threshold of the Euclidean projection */
 #define SMALLEST 1e-15 /* a distance whose square float32 still holds with all its digits */
 
 enum { LANES = 16, FLUSH = 2048 }; /* 2048 / 16: at most 128 additions a lane, then on to double */
