@@ -57,10 +57,19 @@ class Architecture(ABC):
 
     Attributes:
         name: The name that :func:`find` knows it by.
+        library: What builds it: ``"timm"`` or ``"torchvision"``.
+        constructor: The name that the library knows it by, without a tag.
     """
+
+    library: str
+    constructor: str
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    @abstractmethod
+    def options(self, size: int | None) -> dict[str, Any]:
+        """What its library must be told to build it for images of ``size`` pixels, besides the number of classes."""
 
     @abstractmethod
     def create(self, classes: int, size: int | None, state: dict[str, Tensor] | None = None) -> nn.Module:
@@ -133,15 +142,20 @@ class Architecture(ABC):
 class _Timm(Architecture):
     """A network of timm, with or without a tag, e.g. ``resnet50.a1_in1k``."""
 
+    library = "timm"
+
     def __init__(self, name: str, registered: str | None = None) -> None:
         super().__init__(name)
         self._registered = registered or name
         self._settings: Any = timm.models.get_pretrained_cfg(self._registered)
+        self.constructor = self._registered.partition(".")[0]
+
+    def options(self, size: int | None) -> dict[str, Any]:
+        other = size and self._settings.fixed_input_size and size != self._settings.input_size[-1]
+        return {"img_size": size} if other else {}
 
     def create(self, classes: int, size: int | None, state: dict[str, Tensor] | None = None) -> nn.Module:
-        options: dict[str, Any] = {"num_classes": classes}
-        if size and self._settings.fixed_input_size and size != self._settings.input_size[-1]:
-            options["img_size"] = size
+        options: dict[str, Any] = {"num_classes": classes} | self.options(size)
         if state is not None:
             # timm converts older layouts and resamples position embeddings on this path only.
             overlay = {"state_dict": state, "num_classes": classes, "label_offset": 0, "custom_load": False}
@@ -212,23 +226,28 @@ class _Torchvision(Architecture):
     Without WEIGHTS, e.g. ``IMAGENET1K_V1``, its published weights are those that torchvision calls the default.
     """
 
+    library = "torchvision"
+
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self._registered, _, self._tag = name.removeprefix(_TORCHVISION).partition(".")
-        has_auxiliary = self._registered in ("googlenet", "inception_v3")
-        self._options = {"aux_logits": False, "init_weights": False} if has_auxiliary else {}
+        self.constructor, _, self._tag = name.removeprefix(_TORCHVISION).partition(".")
+
+    def options(self, size: int | None) -> dict[str, Any]:
+        del size
+        has_auxiliary = self.constructor in ("googlenet", "inception_v3")
+        return {"aux_logits": False, "init_weights": False} if has_auxiliary else {}
 
     @property
     def _published(self) -> Any:
         from torchvision.models import get_model_weights
 
-        weights = get_model_weights(self._registered)
+        weights = get_model_weights(self.constructor)
         return weights[self._tag] if self._tag else weights.DEFAULT
 
     def create(self, classes: int, size: int | None, state: dict[str, Tensor] | None = None) -> nn.Module:
         from torchvision.models import get_model
 
-        model: nn.Module = get_model(self._registered, num_classes=classes, **self._options)
+        model: nn.Module = get_model(self.constructor, num_classes=classes, **self.options(size))
         own = getattr(model, "image_size", size)
         if size not in (None, own):
             raise _wrong_size(self.name, size, f"its size is {own}")

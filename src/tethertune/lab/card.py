@@ -11,22 +11,32 @@ from tethertune.lab.methods import METHODS
 __all__ = ["write"]
 
 
-def write(config: FinetuneConfig, info: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> str:
+def write(
+    config: FinetuneConfig,
+    info: Mapping[str, Any],
+    layers: Mapping[str, Mapping[str, Any]],
+    *,
+    library: str = "timm",
+    file: str = "",
+) -> str:
     """A model card as the Hugging Face hub reads it: YAML front matter, then Markdown.
 
     Args:
         config: The run's configuration.
         info: The run's ``run.json``, with its outcome.
         layers: The ``layers`` of its ``distances.json``.
+        library: What loads the weights.
+        file: A section on the file itself, where there is more to say than that it holds the weights.
     """
-    sections = [_front_matter(info), _title(info), _method(config), _distances(layers), _data(info), _outcome(info)]
-    return "\n".join([*sections, _repeat(info), _limits(config, info)])
+    sections = [_front_matter(info, library), _title(info), *([file] if file else []), _method(config)]
+    sections += [_distances(layers), _data(info), _outcome(info), _repeat(info), _limits(config, info)]
+    return "\n".join(sections)
 
 
-def _front_matter(info: Mapping[str, Any]) -> str:
+def _front_matter(info: Mapping[str, Any], library: str) -> str:
     model, data = info["model"], info["data"]
     fields = {
-        "library_name": "timm",
+        "library_name": library,
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "tethertune", info["config"]["method"]],
         "base_model": model["name"],
