@@ -158,7 +158,7 @@ class TestPromise:
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         constraint.attach(optimizer)
         calls = []
-        monkeypatch.setattr(constraint, "_after_step", lambda: calls.append(1))
+        monkeypatch.setattr(constraint, "_after_step", lambda *_: calls.append(1))
         for i in range(4):
             net(torch.ones(2, 3, 8, 8)).sum().backward()
             if i % 2:

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tethertune import optim as optim
     from tethertune.constraint import Constraint, Distance, Relative
     from tethertune.errors import TethertuneError
     from tethertune.features import FeaturePenalty
@@ -39,13 +40,16 @@ _HOMES = {
     "TethertuneError": "errors",
     "distances": "measure",
 }
+_MODULES = ("optim",)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

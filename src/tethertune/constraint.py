@@ -22,7 +22,9 @@ from tethertune.errors import (
     did_you_mean,
 )
 from tethertune.kernels.chunked import Chunked, Parts
+from tethertune.kernels.one_pass import Held
 from tethertune.kernels.plan import Plan
+from tethertune.optim import Done, OnePass
 from tethertune.reference import Reference, Source
 from tethertune.rows import Convention, Layer, Role
 from tethertune.sharding import is_sharded, local, reduce_over_shards
@@ -184,7 +186,7 @@ class Constraint:
         self._reference = seen.keep(body, dtype=self._reference_dtype, device=self._reference_device, copy=not ours)
         self._kernel = Chunked(chosen["projection"])
         self._balls = [self._ball(layer, given) for layer, given in radii.items()]
-        self._plans: dict[bool, Plan] = {}
+        self._plans: dict[tuple[bool, frozenset[int]], Plan] = {}
 
     def _radii(self) -> dict[Layer, list[float | Relative]]:
         """The radii given for every layer that is not free; a tied layer can have several: the smallest counts."""
@@ -246,7 +248,9 @@ class Constraint:
         require_parameters(inner, [ball.layer for ball in self._balls])
         self.project()
         for optimizer in inner:
-            optimizer.register_step_post_hook(lambda *_: self._after_step())
+            hook = optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped))
+            if isinstance(optimizer, OnePass):
+                optimizer.tether(self, hook.id)
 
     def project(self) -> None:
         """Bring every constrained layer inside its ball, in place; what is inside is not touched.
@@ -257,13 +261,29 @@ class Constraint:
         """
         self._project(trainable=False)
 
-    def _after_step(self) -> None:
-        self._project(trainable=True)
+    def _after_step(self, optimizer: Optimizer) -> None:
+        done = optimizer.done(self) if isinstance(optimizer, OnePass) else Done()
+        self._count_broken(done.broken, torch.device("cpu"))
+        self._project(trainable=True, settled=done.settled)
+
+    @property
+    def form(self) -> object:
+        """Another object whenever a ball has become another one; for :mod:`tethertune.optim`."""
+        return self._balls
 
     @torch.no_grad()
-    def _project(self, *, trainable: bool) -> None:
+    def held(self) -> list[Held]:
+        """The balls that an optimiser of :mod:`tethertune.optim` can keep in its own step."""
+        if self._settings["norm"] == "mars" and self._settings["projection"] != "radial":
+            return []
+        found = [(ball, ball.in_memory(device=self._reference_device)) for ball in self._balls]
+        return [Held(ball.layer.weight, rows[0], ball.by_row) for ball, rows in found if rows and len(rows) == 1]
+
+    @torch.no_grad()
+    def _project(self, *, trainable: bool, settled: frozenset[int] = frozenset()) -> None:
+        """Project all layers, or those that can be trained; not the weights whose ``id`` is among ``settled``."""
         self._steps += 1
-        plan = self._plan(trainable=trainable)
+        plan = self._plan(trainable=trainable, settled=settled)
         self._count_broken(plan.project(), torch.device("cpu"))
         balls = [self._balls[number] for number in plan.rest]
         for ball in balls:
@@ -295,18 +315,19 @@ class Constraint:
             self._kernel.scale(pieces, ball.room, share, total)
             self._count_broken((~total[0].isfinite()).long(), total.device)
 
-    def _plan(self, *, trainable: bool) -> Plan:
+    def _plan(self, *, trainable: bool, settled: frozenset[int] = frozenset()) -> Plan:
         """What one step has in common with the next; made again when a weight has moved, changed or been frozen."""
-        plan = self._plans.get(trainable)
+        plan = self._plans.get((trainable, settled))
         if plan is None or not plan.holds():
-            wanted = [ball.layer.weight.requires_grad or not trainable for ball in self._balls]
+            weights = [ball.layer.weight for ball in self._balls]
+            wanted = [(w.requires_grad or not trainable) and id(w) not in settled for w in weights]
             rows = [
                 ball.in_memory(device=self._reference_device) if taken else []
                 for ball, taken in zip(self._balls, wanted, strict=True)
             ]
             chosen = self._settings
             plan = Plan([ball.layer for ball in self._balls], rows, chosen["norm"], chosen["projection"])
-            self._plans[trainable] = plan
+            self._plans[trainable, settled] = plan
         return plan
 
     @property
