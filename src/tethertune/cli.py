@@ -411,6 +411,31 @@ def interpolate(
 
 
 @app.command
+def export(
+    run: Path,
+    *,
+    to: Literal["safetensors", "timm", "torchvision", "huggingface", "onnx"],
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    output: Path | None = None,
+) -> None:
+    """Write RUN in the form that others load without tethertune, with a model card.
+
+    The weights are inside the run's balls in the dtype of the file.
+
+    Example: tethertune export runs/fashion/lite0/mars-pgm/seed-0-1a2b3c4d --to timm --dtype bfloat16
+
+    Args:
+        run: The folder of a finished run.
+        to: safetensors (weights alone), timm and huggingface (a folder each), torchvision (a state dict) or onnx.
+        dtype: Of the numbers in the file.
+        output: Folder to write. Not given: export-TO, or export-TO-DTYPE, in RUN.
+    """
+    from tethertune.lab.export import export as write
+
+    _say(str(write(run, to, dtype=dtype, output=output)))
+
+
+@app.command
 def report(
     *runs: Path,
     output: Path = Path("report.html"),
