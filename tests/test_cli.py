@@ -17,7 +17,18 @@ from tethertune import cli
 from tethertune.errors import DataError, NonFiniteWeightError
 from tethertune.lab.config import FinetuneConfig, load_toml
 
-COMMANDS = ["finetune", "search", "distances", "certify", "bounds", "interpolate", "compare", "report", "config"]
+COMMANDS = [
+    "finetune",
+    "search",
+    "distances",
+    "certify",
+    "bounds",
+    "interpolate",
+    "compare",
+    "report",
+    "export",
+    "config",
+]
 
 
 def processor_seconds_of_children():
