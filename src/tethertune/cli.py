@@ -8,6 +8,7 @@ import ast
 import errno
 import inspect
 import os
+import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +25,14 @@ from tethertune import __version__
 from tethertune.errors import ConfigurationError, NonFiniteWeightError, TethertuneError
 from tethertune.lab import protocols
 from tethertune.lab.config import FinetuneConfig, load_toml
+from tethertune.lab.launch import Launch, start_processes
 from tethertune.lab.space import SearchConfig, require_free
 
 if TYPE_CHECKING:
     from tethertune.lab.distances import Comparison
+
+_Command = Callable[..., int | None]
+"""What a command is: it gives an exit code, or nothing when it is done."""
 
 __all__ = ["app", "run"]
 
@@ -54,6 +59,9 @@ SEARCH_PANELS = {
     "Search": ("trials", "sampler", "startup", "space", "tune_lr", "lr_range", "objective", "prune", "seed"),
 }
 """The panel that ``tethertune search --help`` has besides; ``--seed`` is one option, of the runs and of the search."""
+
+PROCESS_PANELS = {"Several processes": tuple(item.name for item in fields(Launch))}
+"""The panel that ``tethertune finetune --help`` has besides: flags of torchrun."""
 
 _BAD_PLACE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
@@ -91,15 +99,15 @@ def _launch(
     debug: Annotated[bool, Parameter(negative=(), show_default=False, help="Show where an error comes from.")] = False,
 ) -> int:
     try:
-        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last place that can say it plainly
         if debug:
             print_exception(error)
         code, message = _explain(error)
-        _say(message, file=sys.stderr)
-        return code
-    return 0
+        process = os.environ.get("RANK", "0")
+        _say(message if process == "0" else f"[process {process}] {message}", file=sys.stderr)
+    return code or 0
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
@@ -132,7 +140,7 @@ def _notes(config: type) -> dict[str, str]:
     }
 
 
-def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+def _with_options(command: _Command) -> _Command:
     """Give a command, in place of its ``**options``, one parameter for each key of the configuration.
 
     The words under a key are its help. Parameters default to ``None``, not given, so that a file's values count, and
@@ -141,14 +149,17 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     return _with_fields(command, FinetuneConfig, PANELS)
 
 
-def _with_search_options(command: Callable[..., None]) -> Callable[..., None]:
+def _with_launch_options(command: _Command) -> _Command:
+    """The same, and one parameter for each of the flags that go through to torchrun."""
+    return _with_options(_with_fields(command, Launch, PROCESS_PANELS))
+
+
+def _with_search_options(command: _Command) -> _Command:
     """The same, and one parameter for each key of a search."""
     return _with_options(_with_fields(command, SearchConfig, SEARCH_PANELS))
 
 
-def _with_fields(
-    command: Callable[..., None], config: type[Any], shown_in: Mapping[str, Sequence[str]]
-) -> Callable[..., None]:
+def _with_fields(command: _Command, config: type[Any], shown_in: Mapping[str, Sequence[str]]) -> _Command:
     """Give a command one keyword parameter for each field of a dataclass, shown in panels, and no ``**options``."""
     groups = {panel: Group.create_ordered(panel) for panel in shown_in}
     panels = {key: groups[panel] for panel, keys in shown_in.items() for key in keys}
@@ -166,7 +177,7 @@ def _with_fields(
 
 
 @app.command(usage="Usage: tethertune finetune MODEL DATA [OPTIONS]")
-@_with_options
+@_with_launch_options
 def finetune(
     model: str | None = None,
     data: str | None = None,
@@ -182,15 +193,18 @@ def finetune(
         bool, Parameter(help="Delete what an earlier run of this configuration left.", negative=(), show_default=False)
     ] = False,
     **options: Any,
-) -> None:
+) -> int | None:
     """Fine-tune MODEL on DATA, and leave a run folder.
 
     A run that was stopped goes on where it was when the same command is given again; a finished one is left as it is.
 
     Example: tethertune finetune lite0 photos/ --method mars-pgm --radius 8 --head-radius 12 --epochs 30 --seed 0
     """
+    launch = Launch(**{item.name: options.pop(item.name, None) for item in fields(Launch)})
     given = {"protocol": protocol, "model": model, "data": data, **options}
     settings = _settings(config, _present(given))
+    if launch != Launch():
+        return start_processes(launch, [*shlex.split(settings.command())[1:], *(["--fresh"] if fresh else [])])
     from tethertune.lab import training
 
     run = training.finetune(settings, fresh=fresh)
@@ -203,6 +217,7 @@ def finetune(
         )
         if outcome.get("retention"):
             _say(f"{_kept(outcome['retention'])}, alpha {outcome['alpha']}")
+    return None
 
 
 def _kept(retention: Mapping[str, Any]) -> str:

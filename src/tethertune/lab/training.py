@@ -33,6 +33,7 @@ from tethertune.lab.display import Display
 from tethertune.lab.gradients import gradient_norms
 from tethertune.lab.retention import Kept, Retention
 from tethertune.lab.runs import Run, RunFolder, load
+from tethertune.lab.whole_batch import WholeBatch
 from tethertune.lab.wiseft import Line, largest, weights_of
 from tethertune.reference import Reference
 
@@ -165,6 +166,9 @@ class Training:
         for parameter in self.regulariser.frozen():  # after the optimiser, which keeps them, has been made
             parameter.requires_grad = False
         self.optimizer.register_step_pre_hook(self._measure_gradient)  # after the penalty's hook, to count it in
+        self.shares_statistics = config.bn == "train" and accelerator.num_processes > 1
+        if self.shares_statistics and config.compile:
+            raise ConfigurationError("--bn train on several processes cannot be compiled: leave --compile out.")
         if config.compile:
             torch.compiler.reset()  # code of an earlier run would be taken over without the hooks of this one
             self.network.compile()
@@ -275,7 +279,8 @@ class Training:
         share = batch[self.accelerator.process_index :: self.accelerator.num_processes]
         count = len(share)
         images, labels = self._load(self.dataset.train, share if count else batch[:1], augmented=self.config.augment)
-        logits = self.model(images)
+        with WholeBatch(counts=count > 0) if self.shares_statistics else nullcontext():
+            logits = self.model(images)
         loss = cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         with self.accelerator.autocast():
             penalty = self.regulariser.loss(images)
@@ -688,7 +693,10 @@ def _reproducible(threads: int | None) -> Iterator[None]:
 
 
 def _seed(seed: int, step: int, process: int) -> None:
-    """Seed torch for one step on one process, so that dropout does not depend on what ran before."""
+    """Seed torch for one step on one process, so that dropout does not depend on what ran before.
+
+    It is all that differs between processes: a network with dropout draws other masks on several than on one.
+    """
     digest = hashlib.sha256(f"{seed} {step} {process}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little"))
 
