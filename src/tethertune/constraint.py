@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tethertune import rows
+from tethertune.adapters import AdaptedLayer, UpdateBall, base_weights, fold
 from tethertune.attachment import inner_optimizer, require_parameters
 from tethertune.balls import Ball, distance_between, make_ball, reference_norm
 from tethertune.errors import (
@@ -173,13 +174,14 @@ class Constraint:
     def _build(self, source: Source) -> None:
         """Resolve the settings against the model; reads ``source`` for the weights that have a ball around them."""
         chosen = self._settings
-        self._layers = rows.layers(self._model, head=chosen["head"], convention=chosen["convention"])
+        found = rows.layers(self._model, head=chosen["head"], convention=chosen["convention"])
+        self._layers = fold(self._model, found)
         radii = self._radii()
         for layer in radii:
             if layer.weight.dtype not in _DTYPES:
                 allowed = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
                 raise ConfigurationError(f"{layer.name} is {layer.weight.dtype}; a ball needs one of {allowed}.")
-        body = [layer for layer in radii if layer.role == "body"]
+        body = [layer for layer in radii if layer.role == "body" and not isinstance(layer, AdaptedLayer)]
         seen = Reference.view(source, body)
         self._measure_reference(seen, body)
         ours = isinstance(source, Reference | str | Path)  # anything else may be the trained weights themselves
@@ -224,8 +226,11 @@ class Constraint:
                 " convention, include, exclude and radius, then load."
             )
 
-    def _ball(self, layer: Layer, given: Sequence[float | Relative]) -> Ball:
+    def _ball(self, layer: Layer, given: Sequence[float | Relative]) -> Ball | UpdateBall:
         norm = self._settings["norm"]
+        if isinstance(layer, AdaptedLayer):
+            size = layer.base_norm(norm) if any(isinstance(r, Relative) for r in given) else math.nan
+            return UpdateBall(layer, norm, min(r.ratio * size if isinstance(r, Relative) else r for r in given))
         if layer.role == "head":
             return Ball(layer, norm, min(r for r in given if not isinstance(r, Relative)), None)
         size, shift = self._measured[layer.name]
@@ -285,7 +290,11 @@ class Constraint:
         self._steps += 1
         plan = self._plan(trainable=trainable, settled=settled)
         self._count_broken(plan.project(), torch.device("cpu"))
-        balls = [self._balls[number] for number in plan.rest]
+        rest = [self._balls[number] for number in plan.rest]
+        balls = [ball for ball in rest if isinstance(ball, Ball)]
+        for update in [ball for ball in rest if isinstance(ball, UpdateBall)]:
+            broken = update.project()
+            self._count_broken(broken, broken.device)
         for ball in balls:
             if ball.by_row:
                 for block in ball.blocks(device=self._reference_device):
@@ -362,7 +371,10 @@ class Constraint:
         if not counted:
             return
         for ball in self._balls:
-            finite = ball.layer.rows.matrix(local(ball.layer.weight).detach()).isfinite().all(dim=1)
+            if isinstance(ball, Ball):
+                finite = ball.layer.rows.matrix(local(ball.layer.weight).detach()).isfinite().all(dim=1)
+            else:
+                finite = ball.distances().isfinite()
             if not finite.all():
                 row = int((~finite).nonzero()[0])
                 raise NonFiniteWeightError(
@@ -432,7 +444,7 @@ class Constraint:
             for ball, total, most in zip(self._balls, totals, largest, strict=True)
         }
 
-    def _measure(self, ball: Ball) -> Tensor:
+    def _measure(self, ball: Ball | UpdateBall) -> Tensor:
         """The local rows' largest distance and how many are at their radius, or the sum of squares; (2,)."""
         measured = ball.distances(self._kernel, device=self._reference_device).to(local(ball.layer.weight).device)
         if not ball.by_row:
@@ -440,7 +452,7 @@ class Constraint:
         at_radius = (measured >= AT_RADIUS * ball.radius) & (measured > 0)
         return torch.stack([measured.max() if len(measured) else measured.sum(), at_radius.sum().double()])
 
-    def _distance(self, ball: Ball, value: float, active: int) -> Distance:
+    def _distance(self, ball: Ball | UpdateBall, value: float, active: int) -> Distance:
         count = ball.layer.rows.shape(ball.layer.weight)[0]
         if not ball.by_row:
             value = math.sqrt(value) + (0.0 if ball.shift is None else float(ball.shift))
@@ -475,6 +487,8 @@ class Constraint:
         """
         if self._fingerprint is None:
             self._fingerprint = self._reference.fingerprint()
+            if adapted := base_weights(ball.layer for ball in self._balls):
+                self._fingerprint += f"+{adapted.fingerprint()}"
         return {"format": 1, "settings": dict(self._settings), "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
