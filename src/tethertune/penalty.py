@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from tethertune import norms
 from tethertune.attachment import inner_optimizer, require_parameters
 from tethertune.errors import AttachError, ConfigurationError, ReferenceMismatchError
-from tethertune.kernels.gradients import Gradients
+from tethertune.kernels.gradients import Gradients, Pull
 from tethertune.reference import Reference, Source
 from tethertune.rows import Convention, Layer, Rows, layers, select
 from tethertune.sharding import is_sharded, local
@@ -98,7 +98,7 @@ class Penalty:
         names = [layer.name for layer in body]
         weights = Reference.of(model, names) if reference is None else Reference.load(reference, body)
         self._reference = weights.part(names)
-        self._kernel = Gradients()
+        self._kernel = Gradients(norm)
         self._fingerprint: str | None = None
         self._stepping = False
 
@@ -196,6 +196,7 @@ class Penalty:
                 " pre-trained weights (or before loading the fine-tuned ones), then load."
             )
         self.norm, self.factor = saved["norm"], saved["factor"]
+        self._kernel = Gradients(self.norm)
         self.strength, self.head_strength = saved["strength"], saved["head_strength"]
 
     def _price(self, layer: Layer) -> float:
@@ -222,18 +223,13 @@ class Penalty:
         # GradScaler leaves the gradients scaled when a fused optimiser divides them itself, within its step.
         scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        pulls = []
         for layer in self.layers:
             weight, price = layer.weight, self._price(layer)
-            if id(weight) not in held or weight.grad is None or not weight.numel() or not price:
-                continue
-            gradient, W = local(weight.grad), local(weight)
-            centre, cut = self._centre(layer, W), _rows(layer).blocks
-            here = None if scale is None else scale.to(W.device, non_blocking=True)
-            if self.norm == "mars":
-                parts = list(zip(cut(W), cut(centre), strict=True))
-                self._kernel.add_sign_of_largest_row(cut(gradient), parts, price, here)
-            else:
-                self._kernel.add_displacement(gradient, W, centre, 2 * price, here)
+            if id(weight) in held and weight.grad is not None and weight.numel() and price:
+                W, factor = local(weight), price if self.norm == "mars" else 2 * price
+                pulls.append(Pull(local(weight.grad), W, self._centre(layer, W), _rows(layer), factor))
+        self._kernel.add(pulls, scale)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -4,8 +4,9 @@ from torch import nn
 
 from tethertune import norms
 from tethertune.kernels import gradients
-from tethertune.kernels.gradients import Gradients
+from tethertune.kernels.gradients import Chunks, Gradients, Pull
 from tethertune.penalty import Penalty
+from tethertune.rows import Rows
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -43,7 +44,7 @@ def test_every_layout_gets_the_plain_sum(layout, centre_layout, dtype):
     expected = (wide(gradient) + 0.25 * (wide(W) - wide(centre))).to(dtype)
     W, gradient = (LAYOUTS[layout](x.clone()) for x in (W, gradient))
     before = W.clone()
-    Gradients().add_displacement(gradient, W, LAYOUTS[centre_layout](centre), 0.25)
+    Chunks().add_displacement(gradient, W, LAYOUTS[centre_layout](centre), 0.25)
     torch.testing.assert_close(gradient, expected, rtol=torch.finfo(dtype).eps, atol=1e-7)
     assert torch.equal(W, before)
 
@@ -53,7 +54,7 @@ def test_every_layout_gets_the_plain_sum(layout, centre_layout, dtype):
 def test_every_shape_gets_the_plain_sum(shape):
     W, centre, gradient = moved(shape, torch.float32)
     expected = gradient + 3 * (W - centre)
-    Gradients().add_displacement(gradient, W, centre, 3.0)
+    Chunks().add_displacement(gradient, W, centre, 3.0)
     torch.testing.assert_close(gradient, expected)
 
 
@@ -61,7 +62,7 @@ def test_every_shape_gets_the_plain_sum(shape):
 def test_a_centre_of_one_zero_is_that_of_a_head():
     W, _, gradient = moved((9, 30), torch.float32)
     expected = gradient + 2 * W
-    Gradients().add_displacement(gradient, W, torch.zeros(()).expand(W.shape), 2.0)
+    Chunks().add_displacement(gradient, W, torch.zeros(()).expand(W.shape), 2.0)
     torch.testing.assert_close(gradient, expected)
 
 
@@ -69,11 +70,11 @@ def test_a_scale_that_only_the_device_knows_multiplies_both():
     W, centre, gradient = moved((9, 30), torch.float32)
     scale = torch.tensor(8.0)
     expected = gradient + 16 * (W - centre)
-    Gradients().add_displacement(gradient, W, centre, 2.0, scale)
+    Chunks().add_displacement(gradient, W, centre, 2.0, scale)
     torch.testing.assert_close(gradient, expected)
     row = (W - centre).abs().sum(1).argmax()
     expected[row] += 4 * (W - centre)[row].sign()
-    Gradients().add_sign_of_largest_row([gradient], [(W, centre)], 0.5, scale)
+    Chunks().add_sign_of_largest_row([gradient], [(W, centre)], 0.5, scale)
     torch.testing.assert_close(gradient, expected)
 
 
@@ -90,34 +91,102 @@ def test_one_row_gets_the_sign_of_its_displacement(dtype, layout, blocks):
         expected[row] = (wide(expected[row]) + 0.5 * T[row].sign()).to(dtype)
         W, centre, gradient = (LAYOUTS[layout](x) for x in (W, centre, gradient))
         parts = list(zip(W.chunk(blocks), centre.chunk(blocks), strict=True))
-        Gradients().add_sign_of_largest_row(gradient.chunk(blocks), parts, 0.5)
+        Chunks().add_sign_of_largest_row(gradient.chunk(blocks), parts, 0.5)
         torch.testing.assert_close(gradient, expected, rtol=torch.finfo(dtype).eps, atol=0)
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_rows_that_float32_cannot_tell_apart_are_told_apart(blocks):
+@pytest.fixture(params=["native", "chunked"])
+def way(request, monkeypatch):
+    monkeypatch.setenv("TETHERTUNE_BACKEND", request.param)
+    return request.param
+
+
+def add(norm, gradient, W, centre, factor, rows=Rows("map"), kernel=None):  # noqa: B008 - frozen
+    kernel = Gradients(norm) if kernel is None else kernel
+    kernel.add([Pull(gradient, W, centre, rows, factor)])
+    return kernel
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "mars"])
+@pytest.mark.parametrize("centre_dtype", [torch.float32, torch.bfloat16, torch.float16, None])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_ways_add_the_same(layout, dtype, centre_dtype, norm, monkeypatch):
+    W, centre, gradient = (LAYOUTS[layout](x) for x in moved((64, 7, 3, 5), dtype))
+    centre = torch.zeros(()).expand(W.shape) if centre_dtype is None else LAYOUTS[layout](centre.to(centre_dtype))
+    found = {}
+    for name in ("native", "chunked"):
+        monkeypatch.setenv("TETHERTUNE_BACKEND", name)
+        found[name] = LAYOUTS[layout](gradient.clone())
+        kernel = add(norm, found[name], W, centre, 0.3)
+        suits = dtype is not torch.float64 and layout != "with gaps" and (norm, layout) != ("mars", "transposed")
+        assert bool(kernel._rest) == (name == "chunked" or not suits)
+    torch.testing.assert_close(found["native"], found["chunked"], rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert not torch.equal(found["native"], gradient)
+
+
+def test_rows_that_float32_cannot_tell_apart_are_told_apart(way):
     """Row 5 is larger than all others by less than a float32 sum of it shows."""
     W = torch.ones(8, 3000)
     W[:, 0] = 1000
     W[5, 1] += 2**-23
     assert (W.abs().sum(1) == W[0].abs().sum()).all()
-    centre, gradient = torch.zeros_like(W), torch.zeros_like(W)
-    parts = list(zip(W.chunk(blocks), centre.chunk(blocks), strict=True))
-    Gradients().add_sign_of_largest_row(gradient.chunk(blocks), parts, 1.0)
+    gradient = torch.zeros_like(W)
+    kernel = add("mars", gradient, W, torch.zeros_like(W), 1.0)
     assert gradient.any(dim=1).nonzero().tolist() == [[5]]
+    assert bool(kernel._rest) == (way == "chunked")
 
 
+@pytest.mark.usefixtures("way")
 def test_what_has_not_moved_gets_no_gradient_and_a_row_with_a_nan_is_the_largest():
     W, gradient = torch.randn(6, 40), torch.zeros(6, 40)
-    Gradients().add_sign_of_largest_row([gradient], [(W, W.clone())], 1.0)
+    add("mars", gradient, W, W.clone(), 1.0)
     assert not gradient.any()
     centre = W + 1
     W[3, 7] = torch.nan
-    Gradients().add_sign_of_largest_row([gradient], [(W, centre)], 1.0)
+    add("mars", gradient, W, centre, 1.0)
     assert gradient.any(dim=1).nonzero().tolist() == [[3]]
     assert gradient.isfinite().all()
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("norm", ["frobenius", "mars"])
+def test_gradients_and_weights_may_move_between_steps(norm):
+    torch.manual_seed(0)
+    W, centre = torch.randn(20, 30), torch.zeros(20, 30)
+    kernel = Gradients(norm)
+    kept = []
+    for step in range(4):
+        if step == 2:
+            W = W.t().clone().t()
+        W += torch.randn(20, 30)
+        kept.append(torch.zeros_like(W))
+        add(norm, kept[-1], W, centre, 1.0 + step, kernel=kernel)
+        row = W.abs().sum(1).argmax()
+        expected = W if norm == "frobenius" else torch.zeros_like(W).index_copy_(0, row[None], W[row][None].sign())
+        torch.testing.assert_close(kept[-1], (1.0 + step) * expected)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "mars"])
+def test_threads_change_no_bit(norm, monkeypatch):
+    monkeypatch.setenv("TETHERTUNE_BACKEND", "native")
+    torch.manual_seed(0)
+    shapes = [(700, 900), (3, 70_000), (1, 500_000), (2000, 3)]
+    weights = [(torch.randn(shape), torch.randn(shape)) for shape in shapes]
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append([torch.zeros(shape) for shape in shapes])
+            pulls = [Pull(g, W, c, Rows("map"), 0.1) for g, (W, c) in zip(found[-1], weights, strict=True)]
+            Gradients(norm).add(pulls)
+    finally:
+        torch.set_num_threads(1)
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("norm", ["frobenius", "mars"])
 @pytest.mark.parametrize("convention", ["operator", "authors"])
 def test_a_network_gets_the_gradient_of_autograd(norm, convention):
@@ -146,7 +215,7 @@ def test_a_network_gets_the_gradient_of_autograd(norm, convention):
 
 def test_no_copy_of_a_weight_is_made():
     W, centre, gradient = moved((1 << 12, 1 << 10), torch.float32)
-    kernel = Gradients()
+    kernel = Chunks()
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
