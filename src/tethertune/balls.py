@@ -131,6 +131,12 @@ class Ball:
             self._prepared = (form, centre, radius if shift is None else radius - shift, shift)
         return self._prepared[1:]
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of what it knows of its rows."""
+        known = [self.shift, self.centre_variance, *(self._prepared[2:] if self._prepared else ())]
+        return sum(t.numel() * t.element_size() for t in known if t is not None)
+
     def _batch_norm_block(self, W: Tensor, centre: Tensor, radius: Tensor) -> Block:
         """``|w / s - w0 / s0| <= radius`` as a ball around ``w0 s / s0`` with radius ``radius * s``."""
         variance = self.layer.module.running_var

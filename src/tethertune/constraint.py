@@ -22,9 +22,10 @@ from tethertune.errors import (
     TethertuneError,
     did_you_mean,
 )
-from tethertune.kernels.chunked import Chunked, Parts
+from tethertune.kernels.chunked import Chunked, Parts, working_set
 from tethertune.kernels.one_pass import Held
 from tethertune.kernels.plan import Plan
+from tethertune.memory import Memory
 from tethertune.optim import Done, OnePass
 from tethertune.reference import Reference, Source
 from tethertune.rows import Convention, Layer, Role
@@ -459,8 +460,25 @@ class Constraint:
             active = count if 0 < value >= AT_RADIUS * ball.radius else 0
         return Distance(value, ball.radius, self._settings["norm"], ball.layer.role, active, count)
 
+    @torch.no_grad()
+    def memory(self) -> Memory:
+        """What the constraint costs in memory, now that its tables stand."""
+        plan = self._plan(trainable=False)
+        device = self._reference_device
+        held, on_cpu = self._reference.nbytes(), all(local(b.layer.weight).device.type == "cpu" for b in self._balls)
+        rest = [[(b.weight, b.centre) for b in self._balls[number].blocks(device=device)] for number in plan.rest]
+        tables = [plan.table.nbytes for plan in self._plans.values() if plan.table]
+        return Memory(
+            reference=sum(size for kind, size in held.items() if kind != "mapped" and (on_cpu or kind != "cpu")),
+            host=0 if on_cpu else held.get("cpu", 0),
+            mapped=held["mapped"],
+            tables=sum(ball.nbytes for ball in self._balls) + sum(tables),
+            scratch=self._kernel.nbytes(),
+            passing=max(map(working_set, rest), default=0),
+        )
+
     def summary(self) -> str:
-        """What is constrained and what is free, in a few lines."""
+        """What is constrained, what is free, and what it costs in memory, in a few lines."""
         distances = self.distances()
         at_radius = sum(d.active_rows > 0 for d in distances.values())
         head, norm = self._settings["head"] or "none", self._settings["norm"]
@@ -476,6 +494,7 @@ class Constraint:
             lines.append("free: " + ", ".join(f"{len(n)} {named.get(kind, kind)}" for kind, n in free.items()))
         if "other" in free:
             lines.append("of unknown modules, constrain with include=: " + ", ".join(free["other"]))
+        lines.append(f"memory: {self.memory()}")
         return "\n".join(lines)
 
     # ----------------------------------------------------------------------------------------------------- state

@@ -259,10 +259,8 @@ def _open(source: Mapping[str, Tensor] | nn.Module | str | Path) -> dict[str, Te
 
 def _narrowest(tensors: Sequence[Tensor]) -> list[torch.dtype]:
     """The narrowest dtype that holds every number of each tensor, the same on all ranks that share one."""
-    misses = [
-        torch.tensor([not _holds(d, local(t)) for d in _NARROW], device=local(t).device if is_sharded(t) else "cpu").int()
-        for t in tensors
-    ]
+    misses = [torch.tensor([not _holds(dtype, local(t)) for dtype in _NARROW]).int() for t in tensors]
+    misses = [m.to(local(t).device) if is_sharded(t) else m for m, t in zip(misses, tensors, strict=True)]
     agreed = reduce_over_shards(misses, tensors, "max")
     return [
         next((d for d, misses in zip(_NARROW, flags.tolist(), strict=True) if not misses), t.dtype)

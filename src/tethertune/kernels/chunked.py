@@ -26,7 +26,7 @@ from tethertune import norms, projections
 from tethertune.kernels import exact
 from tethertune.kernels.rounding import MARGIN, floor
 
-__all__ = ["Chunked", "Parts", "gapless_rows"]
+__all__ = ["Chunked", "Parts", "gapless_rows", "working_set"]
 
 Parts = Sequence[tuple[Tensor, Tensor]]
 """A layer as pairs of weights and reference, whose axis 0 numbers the rows. The weights are changed in place, the
@@ -34,6 +34,7 @@ reference may be on another device."""
 
 _CPU_CHUNK = 1 << 19
 _DEVICE_CHUNK = 1 << 22
+_BYTES = 96  # a weight of a chunk, for float64 copies in level 3
 _FAR = 1e15  # times the radius; from there the scale could lose digits
 _SMALLEST = 1e-15  # a distance whose square float32 still holds with all its digits
 _MOST_ROWS = 1 << 14  # a sum over more would be split among threads, and its last bits depend on their number
@@ -283,6 +284,15 @@ class Chunked:
             self._scratch[key] = torch.empty(like.numel(), dtype=dtype, device=like.device)
         return self._scratch[key][: like.numel()].view(like.shape)
 
+    def nbytes(self) -> int:
+        """The bytes of the scratch."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._scratch.values())
+
+
+def working_set(parts: Parts) -> int:
+    """The most bytes that projecting or measuring a layer takes for a moment; 89 a weight were the most measured."""
+    return max((_BYTES * W[: _rows_at_once(W)].numel() for W, _ in parts if W.numel()), default=0)
+
 
 def _precision(W: Tensor, centre: Tensor) -> _Precision:
     return _DOUBLE if torch.float64 in (W.dtype, centre.dtype) else _SINGLE
@@ -311,12 +321,16 @@ def _chunks(parts: Parts) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for W, centre in parts:
         if not W.numel():
             continue
-        size = _CPU_CHUNK if W.device.type == "cpu" else _DEVICE_CHUNK
-        rows = max(1, min(_MOST_ROWS, size * len(W) // W.numel()))
+        rows = _rows_at_once(W)
         for start in range(0, len(W), rows):
             w, c = W[start : start + rows], centre[start : start + rows]
             c = c.to(W.device, non_blocking=W.device.type != "cpu")  # a copy to the host must have arrived
             yield w, *_matrices(w, c)
+
+
+def _rows_at_once(W: Tensor) -> int:
+    size = _CPU_CHUNK if W.device.type == "cpu" else _DEVICE_CHUNK
+    return max(1, min(_MOST_ROWS, size * len(W) // W.numel()))
 
 
 def _matrices(w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,6 +79,11 @@ class Table:
         if norm == "mars":
             self._project = functools.partial(self._project, _PROJECTIONS[projection])
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the table, without the tensors that it is of."""
+        return ctypes.sizeof(self.blocks)
+
     def project(self) -> int:
         """Bring every row or layer inside; returns how many are not finite and were left as they are."""
         broken: int = self._project(torch.get_num_threads())
