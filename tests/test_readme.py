@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 SHOWING_COMMANDS = [*DOCUMENTS, ROOT / "Makefile", ROOT / "src/tethertune/cli.py"]
 COMMAND = re.compile(
-    r"tethertune (?:finetune|search|compare|distances|interpolate|prepare|report|certify|bounds|config)\b[^`#>&;|\n]*"
+    r"tethertune (?:finetune|search|compare|distances|interpolate|prepare|report|certify|bounds|export|config)\b"
+    r"[^`#>&;|\n]*"
 )
 
 name_of = {"ids": lambda path: str(path.relative_to(ROOT)) if isinstance(path, Path) else ""}
