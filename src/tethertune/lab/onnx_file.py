@@ -104,7 +104,7 @@ def _require_equal(path: Path, network: nn.Module, images: Tensor) -> None:
     except Exception as error:  # its exceptions have no common base
         raise ConfigurationError(
             f"--to onnx --dtype {dtype}: onnxruntime {onnxruntime.__version__} cannot run such a network on a CPU"
-            f" ({str(error).partition(chr(10))[0]}): use --dtype float32."
+            f" ({str(error).replace(str(path), path.name).partition(chr(10))[0]}): use --dtype float32."
         ) from error
     with torch.no_grad():
         wanted = copy.deepcopy(network).float()(images.float()).double()
