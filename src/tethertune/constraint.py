@@ -207,7 +207,9 @@ class Constraint:
             excluded = rows.matching([n for layer in self._layers for n in layer.names], chosen["exclude"], "exclude")
             radii |= {layer: [0.0] for layer in still if excluded.isdisjoint(layer.names)}
         finite = {layer: [radius for radius in given if radius != math.inf] for layer, given in radii.items()}
-        return {layer: given for layer, given in finite.items() if given}
+        adapts = any(isinstance(layer, AdaptedLayer) for layer in self._layers)  # frozen beside them: for good
+        free = {la for la in finite if adapts and not isinstance(la, AdaptedLayer) and not la.weight.requires_grad}
+        return {layer: given for layer, given in finite.items() if given and layer not in free}
 
     def _measure_reference(self, seen: Reference, layers: Sequence[Layer]) -> None:
         """The norm of each layer's reference, and how far storing it moves it: only as long as it is not rounded."""

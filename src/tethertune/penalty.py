@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tethertune import norms
+from tethertune.adapters import AdaptedLayer, fold
 from tethertune.attachment import inner_optimizer, require_parameters
 from tethertune.errors import AttachError, ConfigurationError, ReferenceMismatchError
 from tethertune.kernels.gradients import Gradients, Pull
@@ -56,7 +57,7 @@ class Penalty:
             snapshot of the model now.
 
     Raises:
-        ConfigurationError: An option is not allowed, or no parameter is penalised.
+        ConfigurationError: An option is not allowed, no parameter is penalised, or the model has adapters (LoRA).
         PatternError: A pattern matches no parameter.
         ReferenceMismatchError: The reference is not of this network.
 
@@ -91,6 +92,11 @@ class Penalty:
         self.factor = non_negative("factor", factor)
         self.convention = convention
         found = layers(model, head=head, convention=convention)
+        if any(isinstance(layer, AdaptedLayer) for layer in fold(model, found)):
+            raise ConfigurationError(
+                "The model has adapters, and the price of their update is not offered: use a Constraint, or the"
+                " optimizer's weight_decay on their factors."
+            )
         self.layers = tuple(layer for layer, taken in select(found, include=include, exclude=exclude) if taken)
         if not self.layers:
             raise ConfigurationError("The penalty is on no parameter: include= some, or exclude= fewer.")
