@@ -11,6 +11,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#endif
 
 #define ERROR 0x1p-16  /* the largest relative error of a measured sum: at most 128 roundings of 2^-24 */
 #define AIM 0x1p-15    /* the share of the radius by which scaling in float32 aims inside */
@@ -100,22 +103,73 @@ typedef uint16_t bf16;
 typedef uint16_t f16;
 typedef char zero; /* a centre that is not stored */
 
-INLINE floats from_f32(const f32 *p) {
+/* Up to 16 numbers of memory, the rest 0; or back. Fewer than 16 go in pieces of a fixed size, which are plain moves;
+ * where there are masked moves these read them, because a vector is slow to read right after its pieces were written
+ * (and memory near a masked write is slow to read after it). */
+INLINE void copy_part(char *to, const char *from, int64_t n, const size_t size) {
+    if (n & 8) memcpy(to, from, 8 * size), to += 8 * size, from += 8 * size;
+    if (n & 4) memcpy(to, from, 4 * size), to += 4 * size, from += 4 * size;
+    if (n & 2) memcpy(to, from, 2 * size), to += 2 * size, from += 2 * size;
+    if (n & 1) memcpy(to, from, size);
+}
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+INLINE floats take_part_32(const void *p, int64_t n) { return (floats)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
+INLINE shorts take_part_16(const void *p, int64_t n) { return (shorts)_mm256_maskz_loadu_epi16((1u << n) - 1, p); }
+#else
+INLINE floats take_part_32(const void *p, int64_t n) {
+    floats x = {0};
+    copy_part((char *)&x, p, n, 4);
+    return x;
+}
+INLINE shorts take_part_16(const void *p, int64_t n) {
+    shorts x = {0};
+    copy_part((char *)&x, p, n, 2);
+    return x;
+}
+#endif
+
+INLINE floats take_32(const void *p, int64_t n) {
     floats x;
+    if (n < LANES) return take_part_32(p, n);
     memcpy(&x, p, sizeof x);
     return x;
 }
 
-INLINE words widen_words(const uint16_t *p) {
+INLINE words take_16(const void *p, int64_t n) {
     shorts x;
-    memcpy(&x, p, sizeof x);
+    if (n < LANES) {
+        x = take_part_16(p, n);
+    } else {
+        memcpy(&x, p, sizeof x);
+    }
     return __builtin_convertvector(x, words);
 }
 
-INLINE floats from_bf16(const bf16 *p) { return (floats)(widen_words(p) << 16); }
+INLINE void put_32(void *p, int64_t n, floats x) {
+    if (n < LANES) {
+        copy_part(p, (const char *)&x, n, 4);
+    } else {
+        memcpy(p, &x, sizeof x);
+    }
+}
 
-INLINE floats from_f16(const f16 *p) {
-    words h = widen_words(p), size = h & 0x7fffu;
+INLINE void put_16(void *p, int64_t n, words x) {
+    shorts h = __builtin_convertvector(x, shorts);
+    if (n < LANES) {
+        copy_part(p, (const char *)&h, n, 2);
+    } else {
+        memcpy(p, &h, sizeof h);
+    }
+}
+
+/* load_T(p, n): the first min(n, 16) stored numbers, the rest of the vector 0. */
+INLINE floats load_f32(const f32 *p, int64_t n) { return take_32(p, n); }
+
+INLINE floats load_bf16(const bf16 *p, int64_t n) { return (floats)(take_16(p, n) << 16); }
+
+INLINE floats load_f16(const f16 *p, int64_t n) {
+    words h = take_16(p, n), size = h & 0x7fffu;
     words normal = (size << 13) + (112u << 23);
     words infinite = (size << 13) | 0x7f800000u;
     floats subnormal = __builtin_convertvector((masks)size, floats) * 0x1p-24f;
@@ -123,26 +177,21 @@ INLINE floats from_f16(const f16 *p) {
     return (floats)(x | ((h & 0x8000u) << 16));
 }
 
-INLINE floats from_zero(const zero *p) {
-    (void)p;
+INLINE floats load_zero(const zero *p, int64_t n) {
+    (void)p, (void)n;
     return (floats){0};
 }
 
-/* Rounded to nearest, ties to even. */
-INLINE void to_f32(f32 *p, floats x) { memcpy(p, &x, sizeof x); }
+/* store_T(p, n, x): the first min(n, 16) numbers, rounded to the nearest stored ones, ties to even. */
+INLINE void store_f32(f32 *p, int64_t n, floats x) { put_32(p, n, x); }
 
-INLINE void narrow_words(uint16_t *p, words x) {
-    shorts h = __builtin_convertvector(x, shorts);
-    memcpy(p, &h, sizeof h);
-}
-
-INLINE void to_bf16(bf16 *p, floats x) {
+INLINE void store_bf16(bf16 *p, int64_t n, floats x) {
     words bits = (words)x;
     words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    narrow_words(p, choose_words((bits & 0x7fffffffu) > 0x7f800000u, (bits >> 16) | 0x40u, rounded));
+    put_16(p, n, choose_words((bits & 0x7fffffffu) > 0x7f800000u, (bits >> 16) | 0x40u, rounded));
 }
 
-INLINE void to_f16(f16 *p, floats x) {
+INLINE void store_f16(f16 *p, int64_t n, floats x) {
     words bits = (words)x, size = bits & 0x7fffffffu;
     words shifted = size - (112u << 23);
     words normal = (shifted + 0xfffu + ((shifted >> 13) & 1u)) >> 13;
@@ -150,45 +199,7 @@ INLINE void to_f16(f16 *p, floats x) {
     words h = choose_words(size < 0x38800000u, subnormal, normal);
     h = choose_words(size >= 0x477ff000u, (words){0} + 0x7c00u, h);
     h = choose_words(size > 0x7f800000u, (words){0} + 0x7e00u, h);
-    narrow_words(p, h | ((bits >> 16) & 0x8000u));
-}
-
-/* Fewer than 16 numbers, in pieces of a fixed size, which compile to plain moves. */
-#define COPY_PIECE(number)                                         \
-    if (n & (number)) {                                            \
-        memcpy(to, from, (number) * size);                         \
-        to += (number) * size, from += (number) * size;            \
-    }
-INLINE void copy_part(char *to, const char *from, int64_t n, const size_t size) {
-    COPY_PIECE(8) COPY_PIECE(4) COPY_PIECE(2) COPY_PIECE(1)
-}
-#undef COPY_PIECE
-
-/* load_T(p, n): min(n, 16) numbers, the rest of the vector 0; store_T(p, n, x) likewise writes only those. */
-#define LOAD(T)                                          \
-    INLINE floats load_##T(const T *p, int64_t n) {      \
-        if (n >= LANES) return from_##T(p);              \
-        T part[LANES] = {0};                             \
-        copy_part((char *)part, (const char *)p, n, sizeof(T)); \
-        return from_##T(part);                           \
-    }
-#define STORE(T)                                         \
-    INLINE void store_##T(T *p, int64_t n, floats x) {   \
-        if (n >= LANES) {                                \
-            to_##T(p, x);                                \
-        } else {                                         \
-            T part[LANES];                               \
-            to_##T(part, x);                             \
-            copy_part((char *)p, (const char *)part, n, sizeof(T)); \
-        }                                                \
-    }
-LOAD(f32) LOAD(bf16) LOAD(f16) STORE(f32) STORE(bf16) STORE(f16)
-#undef LOAD
-#undef STORE
-
-INLINE floats load_zero(const zero *p, int64_t n) {
-    (void)n;
-    return from_zero(p);
+    put_16(p, n, h | ((bits >> 16) & 0x8000u));
 }
 
 #define is_f32 F32
