@@ -189,7 +189,7 @@ class Constraint:
         self._reference = seen.keep(body, dtype=self._reference_dtype, device=self._reference_device, copy=not ours)
         self._kernel = Chunked(chosen["projection"])
         self._balls = [self._ball(layer, given) for layer, given in radii.items()]
-        self._plans: dict[tuple[bool, frozenset[int]], Plan] = {}
+        self._plans: dict[tuple[int, int, frozenset[int]], tuple[Plan, list[Ball | UpdateBall]]] = {}
 
     def _radii(self) -> dict[Layer, list[float | Relative]]:
         """The radii given for every layer that is not free; a tied layer can have several: the smallest counts."""
@@ -254,6 +254,7 @@ class Constraint:
         """
         inner = [inner_optimizer(optimizer) for optimizer in optimizers]
         require_parameters(inner, [ball.layer for ball in self._balls])
+        self._plans.clear()  # an optimiser that is gone may have had the id of one of these
         self.project()
         for optimizer in inner:
             hook = optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped))
@@ -267,12 +268,12 @@ class Constraint:
             NonFiniteWeightError: A row holds a NaN or an infinity (on an accelerator: see ``check_every``). It is left
                 as it is, all other rows are inside.
         """
-        self._project(trainable=False)
+        self._project()
 
     def _after_step(self, optimizer: Optimizer) -> None:
         done = optimizer.done(self) if isinstance(optimizer, OnePass) else Done()
         self._count_broken(done.broken, torch.device("cpu"))
-        self._project(trainable=True, settled=done.settled)
+        self._project(optimizer, settled=done.settled)
 
     @property
     def form(self) -> object:
@@ -288,12 +289,12 @@ class Constraint:
         return [Held(ball.layer.weight, rows[0], ball.by_row) for ball, rows in found if rows and len(rows) == 1]
 
     @torch.no_grad()
-    def _project(self, *, trainable: bool, settled: frozenset[int] = frozenset()) -> None:
-        """Project all layers, or those that can be trained; not the weights whose ``id`` is among ``settled``."""
+    def _project(self, optimizer: Optimizer | None = None, *, settled: frozenset[int] = frozenset()) -> None:
+        """Project all layers, or those that an optimiser trains; not the weights whose ``id`` is among ``settled``."""
         self._steps += 1
-        plan = self._plan(trainable=trainable, settled=settled)
+        plan, planned = self._plan(optimizer, settled=settled)
         self._count_broken(plan.project(), torch.device("cpu"))
-        rest = [self._balls[number] for number in plan.rest]
+        rest = [planned[number] for number in plan.rest]
         balls = [ball for ball in rest if isinstance(ball, Ball)]
         for update in [ball for ball in rest if isinstance(ball, UpdateBall)]:
             broken = update.project()
@@ -327,20 +328,34 @@ class Constraint:
             self._kernel.scale(pieces, ball.room, share, total)
             self._count_broken((~total[0].isfinite()).long(), total.device)
 
-    def _plan(self, *, trainable: bool, settled: frozenset[int] = frozenset()) -> Plan:
-        """What one step has in common with the next; made again when a weight has moved, changed or been frozen."""
-        plan = self._plans.get((trainable, settled))
+    def _plan(
+        self, optimizer: Optimizer | None = None, *, settled: frozenset[int] = frozenset()
+    ) -> tuple[Plan, list[Ball | UpdateBall]]:
+        """What a step of an optimiser has in common with its next, and the balls that it is of.
+
+        It is made again when a weight has moved, changed or been frozen, or when the optimiser holds more parameters.
+        """
+        groups = [] if optimizer is None else optimizer.param_groups
+        key = (id(optimizer), sum(len(group["params"]) for group in groups), settled)
+        plan, balls = self._plans.get(key, (None, []))
         if plan is None or not plan.holds():
-            weights = [ball.layer.weight for ball in self._balls]
-            wanted = [(w.requires_grad or not trainable) and id(w) not in settled for w in weights]
+            held = {id(parameter) for group in groups for parameter in group["params"]}
+            balls = [
+                ball
+                for ball in self._balls
+                if optimizer is None or isinstance(ball, UpdateBall) or id(ball.layer.weight) in held
+            ]
+            weights = [ball.layer.weight for ball in balls]
+            wanted = [(w.requires_grad or optimizer is None) and id(w) not in settled for w in weights]
             rows = [
                 ball.in_memory(device=self._reference_device) if taken else []
-                for ball, taken in zip(self._balls, wanted, strict=True)
+                for ball, taken in zip(balls, wanted, strict=True)
             ]
             chosen = self._settings
-            plan = Plan([ball.layer for ball in self._balls], rows, chosen["norm"], chosen["projection"])
-            self._plans[trainable, settled] = plan
-        return plan
+            plan = Plan([ball.layer for ball in balls], rows, chosen["norm"], chosen["projection"])
+            # An old plan would keep weights and centres alive that nobody uses any more.
+            self._plans = {k: known for k, known in self._plans.items() if known[0].holds()} | {key: (plan, balls)}
+        return plan, balls
 
     @property
     def backend(self) -> str:
@@ -357,7 +372,7 @@ class Constraint:
             ConfigurationError: The forced one cannot run here, and why.
         """
         with torch.no_grad():
-            return self._plan(trainable=False).backend
+            return self._plan()[0].backend
 
     # ---------------------------------------------------------------------------------------- weights not finite
 
@@ -465,11 +480,11 @@ class Constraint:
     @torch.no_grad()
     def memory(self) -> Memory:
         """What the constraint costs in memory, now that its tables stand."""
-        plan = self._plan(trainable=False)
+        plan, balls = self._plan()
         device = self._reference_device
         held, on_cpu = self._reference.nbytes(), all(local(b.layer.weight).device.type == "cpu" for b in self._balls)
-        rest = [[(b.weight, b.centre) for b in self._balls[number].blocks(device=device)] for number in plan.rest]
-        tables = [plan.table.nbytes for plan in self._plans.values() if plan.table]
+        rest = [[(b.weight, b.centre) for b in balls[number].blocks(device=device)] for number in plan.rest]
+        tables = [known.table.nbytes for known, _ in self._plans.values() if known.table]
         return Memory(
             reference=sum(size for kind, size in held.items() if kind != "mapped" and (on_cpu or kind != "cpu")),
             host=0 if on_cpu else held.get("cpu", 0),
