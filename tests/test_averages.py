@@ -152,6 +152,16 @@ class TestOn:
         assert 0.25 < body <= 0.3
         assert 0.99 < head <= 1.0
 
+    def test_around_a_rounded_reference_the_true_one_counts(self):
+        model = network()
+        reference = model[0].weight.detach().clone()
+        constraint = tt.Constraint(model, radius=0.3, reference_dtype=torch.bfloat16)
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other[0].weight.add_(1)
+        constraint.on(other).project()
+        assert 0.28 < distances_by_hand(other, reference, "mars")[0] <= 0.3
+
     def test_a_ball_that_holds_no_number_of_the_dtype_is_refused(self):
         model = network()
         constraint = tt.Constraint(model, radius=1e-4)
