@@ -7,7 +7,7 @@ which rows. It is built once; the radii are read at each launch, so a schedule w
 compiled or built again. What is compiled depends on the dtypes of weights and centre alone: a model whose layers have
 them alike needs one launch, and each further pair of dtypes one more.
 
-**MARS** (one launch). Rows of up to 32 and up to 256 weights are taken 32 and 4 at a time, longer ones one a program,
+**MARS** (one launch). Rows of up to 32 and up to 256 weights are taken 8 and 2 at a time, longer ones one a program,
 in a loop over 1024 columns. What happens to a row is what :mod:`tethertune.kernels.chunked` does:
 
 1. *Measure* in float32 lanes of at most 128 additions, added up in float64: a relative error of at most
@@ -32,12 +32,13 @@ in the cache (MARS: the rows under way; a Frobenius layer is read a second time:
 """
 
 # Triton's language is not Python's to a type checker: the functions it compiles have no annotations.
-# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
+# mypy: disallow-untyped-decorators=False
 # ruff: noqa: ANN001, ANN202, PLR1714, SIM300
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -45,9 +46,9 @@ from torch import Tensor
 from triton import language as tl
 
 from tethertune.kernels import rounding
+from tethertune.kernels.stretches import Stretches
 
 __all__ = [
-    "Stretches",
     "Table",
     "frobenius",
     "frobenius_table",
@@ -61,7 +62,6 @@ __all__ = [
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _FIELDS = 8  # of a block: addresses of weights, centre and radius, rows, columns, steps of weights and centre, shape
 _NARROW, _MEDIUM, _WIDE, _ALIGNED = range(4)
-_ROWS = {_NARROW: 32, _MEDIUM: 4, _WIDE: 1, _ALIGNED: 1}
 _CHUNK = 1 << 15  # weights of a Frobenius layer that a program takes at least
 _MOST_CHUNKS = 1 << 10
 
@@ -71,6 +71,8 @@ MARGIN = tl.constexpr(rounding.MARGIN)
 SMALLEST = tl.constexpr(1e-15)  # a distance whose square float32 still holds, and a scale that loses no digits
 FIELDS = tl.constexpr(_FIELDS)
 FLUSH = tl.constexpr(128)  # additions in float32 before the sum goes on in float64
+# Rows a program takes: few enough that it needs at most 96 registers a thread, so that five run on a processor at once
+ROWS_NARROW, ROWS_MEDIUM, ROWS_WIDE = tl.constexpr(8), tl.constexpr(2), tl.constexpr(1)
 
 
 # ------------------------------------------------------------------------------------------------- tiles of stored rows
@@ -257,12 +259,12 @@ def _bring_inside(
     broken = tl.zeros([R], tl.int64)
     if _any(outside):
         if WEIGHT == tl.float32 or not EXACT:
-            total = _sum(rows, outside, total, WEIGHT, CENTRE, POWER, tl.float64, False, False, R, C // 4)
+            total = _sum(rows, outside, total, WEIGHT, CENTRE, POWER, tl.float64, False, False, R, C)
         finite = total < float("inf")
         broken = (outside & ~finite).to(tl.int64)
         outside = outside & finite & (total > limit)
         if _any(outside):
-            _settle(rows, outside, _root(aim / total, POWER), budget, WEIGHT, CENTRE, POWER, R, C // 4)
+            _settle(rows, outside, _root(aim / total, POWER), budget, WEIGHT, CENTRE, POWER, R, C)
     return tl.sum(broken, axis=0)
 
 
@@ -296,13 +298,13 @@ def _mars(jobs, blocks, broken, WEIGHT: tl.constexpr, CENTRE: tl.constexpr):
     first = tl.load(job + 1)
     shape = tl.load(block + 7)
     if shape == 0:
-        _mars_tile(block, first, broken, WEIGHT, CENTRE, False, 32, 32)
+        _mars_tile(block, first, broken, WEIGHT, CENTRE, False, ROWS_NARROW, 32)
     elif shape == 1:
-        _mars_tile(block, first, broken, WEIGHT, CENTRE, False, 4, 256)
+        _mars_tile(block, first, broken, WEIGHT, CENTRE, False, ROWS_MEDIUM, 256)
     elif shape == 2:
-        _mars_tile(block, first, broken, WEIGHT, CENTRE, False, 1, 1024)
+        _mars_tile(block, first, broken, WEIGHT, CENTRE, False, ROWS_WIDE, 1024)
     else:
-        _mars_tile(block, first, broken, WEIGHT, CENTRE, True, 1, 1024)
+        _mars_tile(block, first, broken, WEIGHT, CENTRE, True, ROWS_WIDE, 1024)
 
 
 @triton.jit
@@ -383,20 +385,6 @@ def _scale(jobs, blocks, squares, most, totals, parts, broken, WEIGHT: tl.conste
 # ------------------------------------------------------------------------------------------------------------- the host
 
 
-class Stretches(NamedTuple):
-    """Rows of a weight in memory and their ball.
-
-    Attributes:
-        weight: (rows, columns), each row a gapless stretch of memory; float32, bfloat16 or float16; changed in place.
-        centre: Of the same shape, its rows in the same order of columns, in any of these dtypes; ``None`` for 0.
-        radius: Float64, contiguous: of each row, (rows,), for MARS; of the layer, of one element, for Frobenius.
-    """
-
-    weight: Tensor
-    centre: Tensor | None
-    radius: Tensor
-
-
 @dataclass(frozen=True, eq=False)
 class Table:
     """Where the weights of a constraint are on one device, and which program takes which of them.
@@ -415,19 +403,15 @@ class Table:
     squares: Tensor
 
 
-def supports(weight: Tensor, centre: Tensor | None) -> bool:
-    """Whether rows in this form can be in a :class:`Table`: known dtypes, rows gapless, on the device, not empty.
+def supports(rows: Stretches, *, by_row: bool) -> bool:
+    """Whether these rows can be in a table; otherwise :mod:`tethertune.kernels.chunked` takes them.
 
-    For a Frobenius ball there may be no gaps between rows either.
+    They must be float32, bfloat16 or float16, as their centre, which is on the same device. A Frobenius ball's layer
+    must have no gaps between its rows.
     """
-    every = (weight,) if centre is None else (weight, centre)
-    return weight.numel() > 0 and all(
-        x.dtype in _DTYPES
-        and x.device == weight.device
-        and x.shape == weight.shape
-        and x.ndim == 2
-        and (x.stride(1) == 1 or x.shape[1] == 1)
-        for x in every
+    every = [x for x in (rows.weight, rows.centre) if x is not None]
+    return all(x.dtype in _DTYPES and x.device == rows.weight.device for x in every) and (
+        by_row or all(x.is_contiguous() for x in every)
     )
 
 
@@ -439,8 +423,8 @@ def mars_table(stretches: Sequence[Stretches]) -> Table:
         shape = _NARROW if columns <= 32 else _MEDIUM if columns <= 256 else _ALIGNED if _is_aligned(rows) else _WIDE
         centre_step = 0 if rows.centre is None else rows.centre.stride(0)
         blocks.append([*_addresses(rows), count, columns, rows.weight.stride(0), centre_step, shape])
-        steps.append(_ROWS[shape])
-        programs.append(-(-count // _ROWS[shape]) if columns else 0)
+        steps.append((ROWS_NARROW, ROWS_MEDIUM, ROWS_WIDE, ROWS_WIDE)[shape].value)
+        programs.append(-(-count // steps[-1]) if columns else 0)
     return _table(stretches, blocks, programs, steps, most=0)
 
 
