@@ -215,7 +215,6 @@ class _OnePassAdam(OnePass):
             eps=group["eps"],
             decay=float(group["weight_decay"]),
             kind=_ADAMW if group["decoupled_weight_decay"] else _ADAM,
-            amsgrad=group["amsgrad"],
             maximize=group["maximize"],
         )
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 from collections.abc import Collection, Mapping, Sequence
 from operator import is_
 from typing import NamedTuple, TypeAlias
@@ -40,7 +41,7 @@ class Rule(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "decay", "momentum", "dampening")),
-        *((name, ctypes.c_int32) for name in ("kind", "amsgrad", "nesterov", "maximize")),
+        *((name, ctypes.c_int32) for name in ("kind", "nesterov", "maximize")),
     )
 
 
@@ -48,7 +49,7 @@ class _State(ctypes.Structure):
     """``struct state`` of ``c/optimiser.c``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("first", "second", "largest", "steps")),
+        *((name, ctypes.c_void_p) for name in ("guards", "first", "second", "largest", "steps")),
         ("fresh", ctypes.c_int64),
     )
 
@@ -135,8 +136,10 @@ class StepTable:
         count = len(self.parameters)
         self._blocks = (Block * count)(*(_block(p, balls.get(id(p))) for p in self.parameters))
         self._fields = (_State * count)()
-        for p, state, fields in zip(self.parameters, self._state_of, self._fields, strict=True):
+        self._guards = [_guards(balls.get(id(p))) for p in self.parameters]
+        for p, state, guards, fields in zip(self.parameters, self._state_of, self._guards, self._fields, strict=True):
             fields.fresh = id(p) in fresh
+            fields.guards = guards.data_ptr()
             for name in names:
                 setattr(fields, _PLACES[name], state[name].data_ptr())
         self._gradients = (ctypes.c_uint64 * count)()
@@ -191,6 +194,11 @@ def _lies_there(ball: Held, parameter: Tensor) -> bool:
     W = ball.rows.weight
     same = W.data_ptr() == parameter.data_ptr() and W.numel() == parameter.numel()
     return same and W.dtype == torch.float32 and supports(ball.rows) and (len(W) == 1 or W.stride(0) == W.shape[1])
+
+
+def _guards(ball: Held | None) -> Tensor:
+    """Room for ``struct guard`` of each row: nothing known yet."""
+    return torch.full((0 if ball is None else len(ball.rows.weight), 2), math.inf, dtype=torch.float64)
 
 
 def _block(parameter: Tensor, ball: Held | None) -> Block:

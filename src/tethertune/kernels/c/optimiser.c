@@ -1,24 +1,33 @@
-/* The step of Adam, AdamW and SGD and the projection in one pass: a stretch of weights is updated, and measured while it
- * is in the cache. The arithmetic of an update is that of PyTorch's own fused kernels; how a row is settled is row.inc,
- * how a layer is settled project.c. Weights and the optimiser's state are float32, gapless, in one order of elements.
+/* The step of Adam, AdamW and SGD and the projection in one pass: while memory delivers the tensors of the optimiser, a row
+ * is moved, measured and, if it is outside, scaled. The arithmetic of an update is that of PyTorch's own fused kernels; how
+ * a row is settled is row.inc, how a layer project.c. Weights and the optimiser's state are float32, without gaps, in one
+ * order of elements.
  */
 #include <stdlib.h>
 
 #include "ball.h"
 #include "parallel.h"
 
-enum { ADAM, ADAMW, SGD }; /* kernels/one_pass.py has the same structs */
-enum { STRETCH = 2048 };   /* elements that are updated before they are measured; FLUSH, so that sums are the same */
+enum { ADAM, ADAMW, SGD }; /* kernels/one_pass.py has the same structs, optim.py the same numbers */
 
 /* The options of a parameter group. */
 struct rule {
     double lr, beta1, beta2, eps, decay, momentum, dampening;
-    int32_t kind, amsgrad, nesterov, maximize;
+    int32_t kind, nesterov, maximize;
+};
+
+/* What is known of a row since it was measured. By the triangle inequality it is within `reach` of its centre, which grows
+ * by what the row moves; as long as that is less than the radius, the centre need not be read. It holds for the very weights
+ * that the last step left, which `print` tells from others. INFINITY: nothing is known. */
+struct guard {
+    double reach;
+    uint64_t print;
 };
 
 /* What belongs to the weights of a block. Adam: averages of gradients and of squares, the largest of these (AMSGrad) and
- * the number of steps, counted here. SGD: momentum in `first`. A block without a radius is updated only. */
+ * the number of steps, counted here. SGD: momentum in `first`. A block without a radius is only updated. */
 struct state {
+    struct guard *guards; /* of each row, at first all INFINITY; for a Frobenius ball none */
     float *first, *second, *largest, *steps;
     int64_t fresh; /* SGD: the momentum holds nothing yet */
 };
@@ -26,6 +35,15 @@ struct state {
 /* A rule at one step, in the precision of the weights. */
 struct pace {
     float sign, decay, keep, blend, beta2, rest2, scale2, eps, rate, momentum, share;
+    int32_t coupled; /* weight decay is a part of the gradient */
+    int32_t nesterov, fresh;
+};
+
+/* Where a row, or a part of one, lies; NULL for what a rule does not have. */
+struct place {
+    float *w;
+    const float *grad;
+    float *first, *second, *largest;
 };
 
 struct work {
@@ -37,9 +55,10 @@ struct work {
     double **sums; /* of the pieces of each layer with a Frobenius ball; NULL: balls of rows, or none */
 };
 
+/* -------------------------------------------------------------------------------------------------------- updates */
+
 static struct pace pace_of(const struct rule *rule, double steps) {
     double first = 1 - pow(rule->beta1, steps), second = 1 - pow(rule->beta2, steps);
-    int adam = rule->kind != SGD;
     return (struct pace){
         .sign = rule->maximize ? -1 : 1,
         .decay = rule->decay,
@@ -49,152 +68,235 @@ static struct pace pace_of(const struct rule *rule, double steps) {
         .rest2 = 1 - rule->beta2,
         .scale2 = 1 / sqrt(second),
         .eps = rule->eps,
-        .rate = adam ? -rule->lr / first : -rule->lr,
+        .rate = rule->kind == SGD ? -rule->lr : -rule->lr / first,
         .momentum = rule->momentum,
         .share = 1 - rule->dampening,
+        .coupled = rule->kind != ADAMW && rule->decay != 0,
+        .nesterov = rule->nesterov,
     };
 }
 
-/* -------------------------------------------------------------------------------------------------------- updates */
+INLINE floats root(floats x) {
+    for (int lane = 0; lane < LANES; lane++) x[lane] = sqrtf(x[lane]);
+    return x;
+}
 
-#ifdef __clang__
-#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define INDEPENDENT _Pragma("GCC ivdep")
-#endif
+/* The weights x at k after the step; n of the 16 are there. */
+INLINE floats adam(struct pace at, struct place p, int64_t k, int64_t n, floats x) {
+    floats g = load_f32(p.grad + k, n) * at.sign;
+    floats mean = load_f32(p.first + k, n), square = load_f32(p.second + k, n);
+    if (at.coupled) g += x * at.decay;
+    /* Taken from the nearer end, so that beta1 = 0 gives the gradient itself. */
+    mean = at.blend < 0.5f ? mean + at.blend * (g - mean) : g + (at.blend - 1) * (g - mean);
+    square = square * at.beta2 + at.rest2 * g * g;
+    store_f32(p.first + k, n, mean);
+    store_f32(p.second + k, n, square);
+    if (p.largest) {
+        floats largest = load_f32(p.largest + k, n);
+        square = choose((largest > square) | (largest != largest), largest, square);
+        store_f32(p.largest + k, n, square);
+    }
+    return x * at.keep + at.rate * mean / (root(square) * at.scale2 + at.eps);
+}
 
-/* `coupled`: weight decay is a part of the gradient. Constant like `amsgrad` wherever it is passed. */
-INLINE void adam_loop(
-    struct pace at, float *restrict w, const float *restrict grad, float *restrict first, float *restrict second,
-    float *restrict largest, int64_t n, const int coupled, const int amsgrad
+INLINE floats sgd(struct pace at, struct place p, int64_t k, int64_t n, floats x) {
+    floats g = load_f32(p.grad + k, n) * at.sign;
+    if (at.coupled) g += x * at.decay;
+    if (p.first) {
+        floats mean = at.fresh ? g : load_f32(p.first + k, n) * at.momentum + at.share * g;
+        store_f32(p.first + k, n, mean);
+        g = at.nesterov ? g + at.momentum * mean : mean;
+    }
+    return x + g * at.rate;
+}
+
+/* ------------------------------------------------------------------------------------------------- passes over a row */
+
+typedef uint64_t hashes __attribute__((vector_size(64)));
+
+/* Any change of one number changes the result; of several, all but for a chance of 2^-64. */
+INLINE hashes mix(hashes hash, floats x) {
+    hashes bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (hash << 9 | hash >> 55) + bits;
+}
+
+static uint64_t print_of(hashes hash) {
+    uint64_t print = 0;
+    for (int lane = 0; lane < 8; lane++) {
+        print = (print ^ hash[lane]) * 0x9e3779b97f4a7c15u;
+        print ^= print >> 32;
+    }
+    return print;
+}
+
+/* Update n elements. With TRACK for the type of the centre, which is not read then: returns the sum of |change|^power, and
+ * the prints of what was there and what is; else the sum of |w - c|^power, as `measure` does. */
+enum { TRACK = ZERO + 1 };
+
+struct prints {
+    uint64_t before, after;
+};
+
+INLINE floats load_centre(const void *c, int64_t k, int64_t n, const int type) {
+    switch (type) {
+        case F32: return load_f32((const f32 *)c + k, n);
+        case BF16: return load_bf16((const bf16 *)c + k, n);
+        case F16: return load_f16((const f16 *)c + k, n);
+        default: return (floats){0};
+    }
+}
+
+INLINE double update(
+    struct pace at, struct place p, const void *c, int64_t n, int power, struct prints *prints, const int kind, const int type
 ) {
-    int near = at.blend < 0.5f; /* which end an average is taken from, so that beta1 = 0 gives the gradient itself */
-    INDEPENDENT
-    for (int64_t i = 0; i < n; i++) {
-        float g = grad[i] * at.sign;
-        if (coupled) g += w[i] * at.decay;
-        float mean = near ? first[i] + at.blend * (g - first[i]) : g + (at.blend - 1) * (g - first[i]);
-        float square = second[i] * at.beta2 + at.rest2 * g * g;
-        first[i] = mean;
-        second[i] = square;
-        if (amsgrad) {
-            square = largest[i] > square || largest[i] != largest[i] ? largest[i] : square;
-            largest[i] = square;
+    double sum = 0;
+    hashes before = {0}, after = {0};
+    for (int64_t start = 0; start < n; start += FLUSH) {
+        int64_t end = n - start > FLUSH ? start + FLUSH : n;
+        floats lanes = {0};
+        for (int64_t k = start; k < end; k += LANES) {
+            floats was = load_f32(p.w + k, end - k);
+            floats is = kind == SGD ? sgd(at, p, k, end - k, was) : adam(at, p, k, end - k, was);
+            floats t = is - (type == TRACK ? was : load_centre(c, k, end - k, type));
+            store_f32(p.w + k, end - k, is);
+            lanes += power == 1 ? absolute(t) : t * t;
+            if (type == TRACK) before = mix(before, was), after = mix(after, is);
         }
-        w[i] = w[i] * at.keep + at.rate * mean / (sqrtf(square) * at.scale2 + at.eps);
+        sum += add_up(lanes);
     }
+    if (type == TRACK) *prints = (struct prints){print_of(before), print_of(after)};
+    return sum;
 }
 
-enum { NONE, FIRST, LATER }; /* momentum: not used, at its first step, from then on */
+typedef double update_of(struct pace at, struct place p, const void *c, int64_t n, int power, struct prints *prints);
 
-INLINE void sgd_loop(
-    struct pace at, float *restrict w, const float *restrict grad, float *restrict first, int64_t n, const int coupled,
-    const int momentum, const int nesterov
+#define UPDATE(name, kind, type)                                                                                       \
+    static double name(struct pace at, struct place p, const void *c, int64_t n, int power, struct prints *prints) {   \
+        return update(at, p, c, n, power, prints, kind, type);                                                         \
+    }
+#define UPDATES(name, kind)                                                                     \
+    UPDATE(name##_f32, kind, F32) UPDATE(name##_bf16, kind, BF16) UPDATE(name##_f16, kind, F16) \
+    UPDATE(name##_zero, kind, ZERO) UPDATE(name##_track, kind, TRACK)                           \
+    static update_of *const name##_updates[] = {name##_f32, name##_bf16, name##_f16, name##_zero, name##_track};
+UPDATES(adam, ADAM)
+UPDATES(sgd, SGD)
+#undef UPDATES
+#undef UPDATE
+
+/* Elements [start, start + n) of block i. */
+static double update_part(
+    const struct work *work, int64_t i, int64_t start, const void *c, int64_t n, int type, int power, struct prints *prints
 ) {
-    INDEPENDENT
-    for (int64_t i = 0; i < n; i++) {
-        float g = grad[i] * at.sign;
-        if (coupled) g += w[i] * at.decay;
-        if (momentum) {
-            float mean = momentum == FIRST ? g : first[i] * at.momentum + at.share * g;
-            first[i] = mean;
-            g = nesterov ? g + at.momentum * mean : mean;
-        }
-        w[i] += g * at.rate;
-    }
-}
-
-static void adam(
-    const struct rule *rule, struct pace at, float *w, const float *g, float *m, float *v, float *top, int64_t n
-) {
-    int coupled = rule->kind == ADAM && rule->decay != 0;
-    if (rule->amsgrad) {
-        coupled ? adam_loop(at, w, g, m, v, top, n, 1, 1) : adam_loop(at, w, g, m, v, top, n, 0, 1);
-    } else {
-        coupled ? adam_loop(at, w, g, m, v, NULL, n, 1, 0) : adam_loop(at, w, g, m, v, NULL, n, 0, 0);
-    }
-}
-
-INLINE void sgd_momentum(
-    struct pace at, float *w, const float *g, float *m, int64_t n, const int coupled, int fresh, int nesterov
-) {
-    if (fresh) {
-        nesterov ? sgd_loop(at, w, g, m, n, coupled, FIRST, 1) : sgd_loop(at, w, g, m, n, coupled, FIRST, 0);
-    } else {
-        nesterov ? sgd_loop(at, w, g, m, n, coupled, LATER, 1) : sgd_loop(at, w, g, m, n, coupled, LATER, 0);
-    }
-}
-
-static void sgd(
-    const struct rule *rule, struct pace at, float *w, const float *g, float *m, int64_t n, int fresh
-) {
-    if (rule->momentum == 0) {
-        rule->decay ? sgd_loop(at, w, g, NULL, n, 1, NONE, 0) : sgd_loop(at, w, g, NULL, n, 0, NONE, 0);
-    } else if (rule->decay) {
-        sgd_momentum(at, w, g, m, n, 1, fresh, rule->nesterov);
-    } else {
-        sgd_momentum(at, w, g, m, n, 0, fresh, rule->nesterov);
-    }
-}
-
-/* Elements [start, start + n) of a block. */
-static void update(const struct work *work, int64_t i, int64_t start, int64_t n) {
     const struct state *state = work->states + i;
-    const float *grad = work->grads[i] + start;
-    float *w = (float *)work->blocks[i].w + start, *first = state->first ? state->first + start : NULL;
-    if (work->rule->kind == SGD) {
-        sgd(work->rule, work->paces[i], w, grad, first, n, state->fresh != 0);
-    } else {
-        float *largest = state->largest ? state->largest + start : NULL;
-        adam(work->rule, work->paces[i], w, grad, first, state->second + start, largest, n);
-    }
+    update_of *const *updates = work->rule->kind == SGD ? sgd_updates : adam_updates;
+    struct place place = {
+        (float *)work->blocks[i].w + start,
+        work->grads[i] + start,
+        state->first ? state->first + start : NULL,
+        state->second ? state->second + start : NULL,
+        state->largest ? state->largest + start : NULL,
+    };
+    return updates[type](work->paces[i], place, c, n, power, prints);
 }
 
-/* ---------------------------------------------------------------------------------- rows and layers, by type of centre */
+/* ------------------------------------------------------------------------------------------------- rows and pieces */
 
-#define PAIR_BODY "stretch.inc"
+typedef int settle_row(void *w, const void *c, int64_t n, double radius, double least, double distance);
+typedef double measure_row(const void *w, const void *c, int64_t n);
+
+#define PAIR_BODY "settled.inc"
 #define W f32
 #include "centres.inc"
 #undef W
 #undef PAIR_BODY
 
-typedef void update_range(const struct work *work, int64_t i, int64_t first, int64_t last);
-static update_range *const ROWS[] = {update_rows_f32_f32, update_rows_f32_bf16, update_rows_f32_f16, update_rows_f32_zero};
-static update_range *const PIECES[] = {
-    update_pieces_f32_f32, update_pieces_f32_bf16, update_pieces_f32_f16, update_pieces_f32_zero,
-};
+static settle_row *const SETTLE[] = {settled_f32_f32, settled_f32_bf16, settled_f32_f16, settled_f32_zero};
+static measure_row *const MEASURE[] = {measured_f32_f32, measured_f32_bf16, measured_f32_f16, measured_f32_zero};
+static const int64_t BYTES[] = {[F32] = 4, [BF16] = 2, [F16] = 2, [ZERO] = 0};
+
+static const void *centre_at(const struct block *block, int64_t row, int64_t start) {
+    return (const char *)block->c + (row * block->c_step + start) * BYTES[block->c_type];
+}
+
+static uint64_t print_of_row(const float *w, int64_t n) {
+    hashes hash = {0};
+    for (int64_t k = 0; k < n; k += LANES) hash = mix(hash, load_f32(w + k, n - k));
+    return print_of(hash);
+}
+
+#define LOOSE 0.95 /* share of the radius up to which a row is guarded */
+
+static int update_row(const struct work *work, int64_t i, int64_t row, double least) {
+    const struct block *block = work->blocks + i;
+    struct guard *guard = work->states[i].guards + row;
+    int64_t n = block->columns;
+    float *w = (float *)block->w + row * n;
+    const void *c = centre_at(block, row, 0);
+    double radius = block->radius[row], distance;
+    int guarded = guard->reach < INFINITY;
+    if (guarded) {
+        struct prints prints;
+        double reach = guard->reach + update_part(work, i, row * n, NULL, n, TRACK, 1, &prints) * (1 + 2 * ERROR);
+        int known = prints.before == guard->print && reach <= radius * (1 - ERROR);
+        *guard = (struct guard){reach, prints.after};
+        if (known) return INSIDE;
+        distance = MEASURE[block->c_type](w, c, n);
+    } else {
+        distance = update_part(work, i, row * n, c, n, block->c_type, 1, NULL);
+    }
+    int found = SETTLE[block->c_type](w, c, n, radius, least, distance);
+    guard->reach = found == INSIDE && distance <= LOOSE * radius ? distance * (1 + 2 * ERROR) : INFINITY;
+    if (!guarded && guard->reach < INFINITY) guard->print = print_of_row(w, n);
+    return found;
+}
+
+static void update_rows(const struct work *work, int64_t i, int64_t first, int64_t last) {
+    struct block *block = work->blocks + i;
+    double least = least_radius(block->size);
+    int64_t found[3] = {0};
+    for (int64_t row = first; row < last; row++) found[update_row(work, i, row, least)]++;
+    __atomic_fetch_add(&block->outside, found[CHANGED], __ATOMIC_RELAXED);
+    __atomic_fetch_add(&block->broken, found[BROKEN], __ATOMIC_RELAXED);
+}
+
+/* Pieces of a Frobenius ball, or of no ball. */
+static void update_pieces(const struct work *work, int64_t i, int64_t first, int64_t last) {
+    const struct block *block = work->blocks + i;
+    int64_t in_row = (block->columns + PIECE - 1) / PIECE;
+    for (int64_t k = first; k < last; k++) {
+        int64_t row = k / in_row, start = k % in_row * PIECE;
+        int64_t n = block->columns - start < PIECE ? block->columns - start : PIECE;
+        const void *c = centre_at(block, row, start);
+        double sum = update_part(work, i, row * block->columns + start, c, n, block->c_type, 2, NULL);
+        if (work->sums) work->sums[i][k] = sum;
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------ all blocks */
 
 static int by_row(const struct work *work, int64_t i) { return work->blocks[i].radius && !work->sums; }
 
 static void update_some(void *context, int64_t i, int64_t first, int64_t last) {
-    const struct work *work = context;
-    const struct block *block = work->blocks + i;
-    if (by_row(work, i)) {
-        ROWS[block->c_type](work, i, first, last);
-    } else if (work->sums) {
-        PIECES[block->c_type](work, i, first, last);
-    } else {
-        int64_t end = last * PIECE < block->columns ? last * PIECE : block->columns;
-        update(work, i, first * PIECE, end - first * PIECE);
-    }
+    (by_row(context, i) ? update_rows : update_pieces)(context, i, first, last);
 }
 
 static void units_of_block(void *context, int64_t i, int64_t *units, int64_t *bytes) {
     const struct work *work = context;
     const struct block *block = work->blocks + i;
-    int64_t length = block->columns < PIECE || by_row(work, i) ? block->columns : PIECE;
-    *units = by_row(work, i) ? block->rows : pieces_of(block);
-    *bytes = length * 32 + 16;
+    int whole = by_row(work, i);
+    *units = whole ? block->rows : pieces_of(block);
+    *bytes = (whole || block->columns < PIECE ? block->columns : PIECE) * 32 + 16;
 }
 
-static void run(struct work *work, int64_t start, int64_t count, int threads) {
-    struct work part = {work->rule, work->blocks + start, work->states + start, work->grads + start,
-                        work->paces + start, work->sums};
+static void run(const struct work *work, int64_t start, int64_t count, int threads) {
+    struct work part = *work;
+    part.blocks += start, part.states += start, part.grads += start, part.paces += start;
     if (work->sums) part.sums += start;
     run_parallel(&part, update_some, units_of_block, count, threads);
 }
 
-enum { GROUP = 2 << 20 }; /* elements of layers that are updated before they are settled */
+enum { GROUP = 1 << 18 }; /* elements a thread updates before it settles them */
 
 /* Layers with a Frobenius ball, some at a time, so that what has to be scaled may still be in the cache. */
 static int64_t run_layers(struct work *work, int64_t count, int threads) {
@@ -206,7 +308,7 @@ static int64_t run_layers(struct work *work, int64_t count, int threads) {
     for (int64_t start = 0, end; broken >= 0 && start < count; start = end) {
         int64_t size = 0;
         double *next = sums;
-        for (end = start; end < count && size < GROUP; end++) {
+        for (end = start; end < count && size < (int64_t)GROUP * threads; end++) {
             work->sums[end] = next;
             next += pieces_of(work->blocks + end);
             size += work->blocks[end].rows * work->blocks[end].columns;
@@ -217,6 +319,7 @@ static int64_t run_layers(struct work *work, int64_t count, int threads) {
     }
     free(work->sums);
     free(sums);
+    work->sums = NULL;
     return broken;
 }
 
@@ -232,12 +335,12 @@ int64_t tethertune_step(
     for (int64_t i = 0; i < count; i++) {
         double steps = rule->kind == SGD ? 0 : (*states[i].steps += 1);
         paces[i] = i && steps == last ? paces[i - 1] : pace_of(rule, steps);
+        paces[i].fresh = states[i].fresh != 0;
         last = steps;
         blocks[i].outside = blocks[i].broken = 0;
     }
     struct work work = {rule, blocks, states, grads, paces, NULL};
     int64_t broken = run_layers(&work, layers, threads);
-    work.sums = NULL;
     if (broken >= 0) {
         run(&work, layers, count - layers, threads);
         for (int64_t i = layers; i < count; i++) broken += blocks[i].broken;
