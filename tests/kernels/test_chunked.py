@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tethertune import norms, projections
-from tethertune.kernels import chunked, exact
+from tethertune.kernels import chunked, exact, native
 from tethertune.kernels.chunked import Chunked
+from tethertune.kernels.stretches import Stretches, as_stretches
 
 torch.set_num_threads(1)
 
@@ -15,6 +16,38 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 DEFINITIONS = {"radial": projections.l1_rows, "euclidean": projections.l1_rows_euclidean}
 COLUMNS = {1: 20_000, 2: 20_000, 9: 20_000, 64: 10_000, 131: 4_000, 576: 2_000, 2304: 500, 11_008: 200}
+
+
+class Native:
+    """The C kernels with the methods of ``Chunked``: a table of one block, made for the call."""
+
+    def __init__(self, projection="radial"):
+        self.projection = projection
+
+    def rows(self, W, centre, radius, *, size=math.inf):
+        return self.project(as_stretches(W, centre, radius, size=size, by_row=True), "mars")
+
+    def frobenius(self, parts, radius, *, size=math.inf):
+        ((W, centre),) = parts
+        return self.project(
+            as_stretches(W, centre, torch.tensor([radius], dtype=torch.float64), size=size, by_row=False), "frobenius"
+        )
+
+    def project(self, rows, norm):
+        assert native.supports(rows)
+        table = native.Table([rows], norm, self.projection)
+        broken = table.project()
+        assert broken == table.blocks[0].broken
+        return broken
+
+
+KERNELS = {"chunked": Chunked, "native": Native}
+
+
+def every(*dtypes):
+    """Each kernel with each of the dtypes that it takes."""
+    cases = [(kernel, dtype) for kernel in KERNELS for dtype in dtypes if (kernel, dtype) != ("native", torch.float64)]
+    return pytest.mark.parametrize(("kernel", "dtype"), cases)
 
 
 def bits(W):
@@ -74,10 +107,10 @@ def check_rows(project, W, centre, radius, distance=l1):
 
 
 @pytest.mark.parametrize("projection", DEFINITIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_more_than_fifty_thousand_adversarial_rows(dtype, projection):
+@every(*DTYPES)
+def test_more_than_fifty_thousand_adversarial_rows(dtype, projection, kernel):
     generator = torch.Generator().manual_seed(1)
-    kernel = Chunked(projection)
+    kernel = KERNELS[kernel](projection)
     counted = outside = 0
     for columns, rows in COLUMNS.items():
         W, centre, radius = adversarial(rows, columns, dtype, generator)
@@ -129,9 +162,10 @@ def test_the_way_of_an_accelerator_on_the_same_rows(dtype, projection):
         check_rows(masked, W, centre, radius)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("projection", DEFINITIONS)
 @pytest.mark.parametrize("columns", [9, 27, 576, 1152, 2304, 4608, 11_008])
-def test_float32_rows_like_a_networks_lose_at_most_a_ten_thousandth_of_the_radius(columns, projection):
+def test_float32_rows_like_a_networks_lose_at_most_a_ten_thousandth_of_the_radius(columns, projection, kernel):
     generator = torch.Generator().manual_seed(3)
     rows = max(20, 100_000 // columns)
     centre = torch.randn(rows, columns, generator=generator) * columns**-0.5
@@ -140,28 +174,29 @@ def test_float32_rows_like_a_networks_lose_at_most_a_ten_thousandth_of_the_radiu
         T *= radius * excess / T.abs().sum(1, keepdim=True)
         W = centre + T
         displacement = W.double() - centre.double()
-        after = check_rows(Chunked(projection).rows, W, centre, torch.full((rows,), radius, dtype=torch.float64))
+        project = KERNELS[kernel](projection).rows
+        after = check_rows(project, W, centre, torch.full((rows,), radius, dtype=torch.float64))
         assert (after >= radius * (1 - 1e-4)).all()
         expected = DEFINITIONS[projection](displacement, radius)
         assert (l1(W.double() - centre.double(), expected) <= 1e-4 * radius).all()
 
 
 @pytest.mark.parametrize("projection", DEFINITIONS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bit_rows_are_within_a_rounding_and_a_step_of_the_definition(dtype, projection):
+@every(torch.float16, torch.bfloat16)
+def test_16_bit_rows_are_within_a_rounding_and_a_step_of_the_definition(dtype, projection, kernel):
     generator = torch.Generator().manual_seed(4)
     centre = (torch.randn(500, 64, generator=generator) / 8).to(dtype)
     W = centre + (torch.randn(500, 64, generator=generator) / 20).to(dtype)
     expected = centre.double() + DEFINITIONS[projection](W.double() - centre.double(), 1.0)
-    after = check_rows(Chunked(projection).rows, W, centre, torch.ones(500).double())
+    after = check_rows(KERNELS[kernel](projection).rows, W, centre, torch.ones(500).double())
     assert after.median() > 1 - 4 * torch.finfo(dtype).eps
     largest = torch.maximum(expected.abs(), centre.double().abs()).clamp(min=1e-3)
     assert ((W.double() - expected).abs() <= 1.5 * torch.finfo(dtype).eps * largest).all()
 
 
 @pytest.mark.parametrize("projection", DEFINITIONS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_float32_reference_under_16_bit_weights_down_to_what_rounding_leaves(dtype, projection):
+@every(torch.float16, torch.bfloat16)
+def test_a_float32_reference_under_16_bit_weights_down_to_what_rounding_leaves(dtype, projection, kernel):
     """Its numbers lie between the stored ones, so the ball may hold little more than the nearest of them."""
     generator = torch.Generator().manual_seed(5)
     centre = torch.randn(3000, 64, generator=generator) / 8
@@ -172,53 +207,56 @@ def test_a_float32_reference_under_16_bit_weights_down_to_what_rounding_leaves(d
         W = (centre + T).to(dtype)
         outside = l1(W, centre) > least * room
         assert outside.any() or room == 3.0
-        check_rows(Chunked(projection).rows, W, centre, least * room)
+        check_rows(KERNELS[kernel](projection).rows, W, centre, least * room)
 
 
 @pytest.mark.parametrize("projection", DEFINITIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_16_bit_or_wider_reference(dtype, projection):
-    for centre_dtype in (torch.bfloat16, torch.float16, torch.float64):
+@every(torch.float32, torch.float64)
+def test_a_16_bit_or_wider_reference(dtype, projection, kernel):
+    for centre_dtype in (torch.bfloat16, torch.float16) + (torch.float64,) * (kernel == "chunked"):
         generator = torch.Generator().manual_seed(6)
         centre = (torch.randn(2000, 27, generator=generator, dtype=torch.float64) / 5).to(centre_dtype)
         W = (centre.double() + torch.randn(2000, 27, generator=generator) * 0.1).to(dtype)
-        after = check_rows(Chunked(projection).rows, W, centre, torch.ones(2000).double())
+        after = check_rows(KERNELS[kernel](projection).rows, W, centre, torch.ones(2000).double())
         assert ((after <= 1) & (after >= 1 - 1e-4)).any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_zero_radius_is_the_centre_also_between_infinite_ones(dtype):
+@every(*DTYPES)
+def test_a_zero_radius_is_the_centre_also_between_infinite_ones(dtype, kernel):
     generator = torch.Generator().manual_seed(7)
     centre = torch.randn(64, 40, generator=generator).to(dtype)
     W = centre + torch.randn(64, 40, generator=generator).to(dtype)
     before = W.clone()
     radius = torch.tensor([0.0, math.inf], dtype=torch.float64).repeat(32)
-    check_rows(Chunked().rows, W, centre, radius)
+    check_rows(KERNELS[kernel]().rows, W, centre, radius)
     assert torch.equal(W[::2], centre[::2])
     assert torch.equal(W[1::2], before[1::2])
 
 
-def test_negative_zeros_inside_keep_their_sign():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_negative_zeros_inside_keep_their_sign(kernel):
     W = torch.full((4, 3), -0.0)
-    Chunked().rows(W, torch.zeros(4, 3), torch.zeros(4).double())
+    KERNELS[kernel]().rows(W, torch.zeros(4, 3), torch.zeros(4).double())
     assert W.signbit().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every(*DTYPES)
 @pytest.mark.parametrize("projection", DEFINITIONS)
-def test_rows_that_are_not_finite_are_left_and_counted(dtype, projection):
+def test_rows_that_are_not_finite_are_left_and_counted(dtype, projection, kernel):
     W = torch.ones(5, 4, dtype=dtype)
     W[1, 2], W[2, 0], W[3, 3] = math.nan, math.inf, -math.inf
     before = W.clone()
     centre = torch.zeros((), dtype=dtype).expand(W.shape)
-    assert Chunked(projection).rows(W, centre, torch.ones(5).double()) == 3
+    assert KERNELS[kernel](projection).rows(W, centre, torch.ones(5).double()) == 3
     assert torch.equal(bits(W[1:4]), bits(before[1:4]))
     assert (l1(W[[0, 4]], centre[[0, 4]]) <= 1).all()
 
 
-def test_the_largest_numbers_do_not_overflow():
+@pytest.mark.parametrize("projection", DEFINITIONS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_largest_numbers_do_not_overflow(kernel, projection):
     W = torch.full((3, 500), 3e38)
-    check_rows(Chunked().rows, W, torch.full((3, 500), -3e38), torch.full((3,), 1e4).double())
+    check_rows(KERNELS[kernel](projection).rows, W, torch.full((3, 500), -3e38), torch.full((3,), 1e4).double())
 
 
 LAYOUTS = {
@@ -231,20 +269,24 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize(
+    ("kernel", "layout", "same"),
+    [("chunked", layout, same) for layout in LAYOUTS for same in (True, False)]
+    + [("native", "contiguous", True), ("native", "channels last", True), ("native", "gaps between rows", False)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_layout_of_weights_and_reference(dtype, same, layout):
+def test_every_layout_of_weights_and_reference(dtype, same, layout, kernel):
     generator = torch.Generator().manual_seed(8)
     centre = torch.randn(40, 6, 3, 5, generator=generator).to(dtype)
     W = LAYOUTS[layout](centre + torch.randn(40, 6, 3, 5, generator=generator).to(dtype) * 0.01)
     radius = torch.linspace(0.1, 1.4, 40, dtype=torch.float64)
     stride = W.stride()
-    check_rows(Chunked().rows, W, LAYOUTS[layout](centre) if same else centre, radius)
+    kernel = KERNELS[kernel]()
+    centre = LAYOUTS[layout](centre) if same else centre
+    check_rows(kernel.rows, W, centre, radius)
     assert W.stride() == stride
-    check_rows(Chunked().rows, W[1:-1:2], centre[1:-1:2], radius[1:-1:2] / 2)
-    layer = W.clone(memory_format=torch.preserve_format)
-    kernel = Chunked()
+    check_rows(kernel.rows, W[1:-1:2], centre[1:-1:2], radius[1:-1:2] / 2)
+    layer = LAYOUTS[layout](W.clone())
     assert kernel.frobenius([(layer, centre)], 0.1) == 0
     assert 0.1 * (1 - (1e-4 if dtype == torch.float32 else 0.2)) < l2(layer, centre) <= 0.1
 
@@ -260,14 +302,14 @@ def test_nothing_to_do(shape):
     kernel.scale([(W, W)], 1.0, kernel.shares([(W, W)]), torch.zeros(2).double())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_head_around_an_expanded_zero(dtype):
+@every(*DTYPES)
+def test_a_head_around_an_expanded_zero(dtype, kernel):
     W = torch.randn(30, 100, generator=torch.Generator().manual_seed(9)).to(dtype)
     centre = torch.zeros((), dtype=dtype).expand(W.shape)
     for projection in DEFINITIONS:
-        after = check_rows(Chunked(projection).rows, W.clone(), centre, torch.full((30,), 3.0).double())
+        after = check_rows(KERNELS[kernel](projection).rows, W.clone(), centre, torch.full((30,), 3.0).double())
         assert (after > 2.9).all()
-    Chunked().frobenius([(W, centre)], 2.0)
+    KERNELS[kernel]().frobenius([(W, centre)], 2.0)
     assert 1.98 < l2(W, centre) <= 2
 
 
@@ -294,11 +336,22 @@ def sized_frobenius(kernel, parts, radius):
     kernel.frobenius(parts, radius, size=math.sqrt(sum(float(norms.frobenius(centre)) ** 2 for _, centre in parts)))
 
 
+def native_pieces(_, parts, radius):
+    """The C kernels with every row as a piece that has a sum and a share of its own, as if the layer were long."""
+    ((W, centre),) = parts
+    flat = (t.view(len(W), -1) for t in (W, centre.contiguous()))
+    Native().project(Stretches(*flat, torch.tensor([radius], dtype=torch.float64)), "frobenius")
+
+
 FROBENIUS = {
     "cpu": lambda kernel, parts, radius: kernel.frobenius(parts, radius),
     "cpu, norm of the centre known": sized_frobenius,
     "accelerator": device_frobenius,
+    "native": lambda _, parts, radius: Native().frobenius(parts, radius),
+    "native, norm of the centre known": lambda _, parts, radius: sized_frobenius(Native(), parts, radius),
+    "native, in pieces": native_pieces,
 }
+LAYER_DTYPES = [(way, dtype) for way in FROBENIUS for dtype in DTYPES if "native" not in way or dtype != torch.float64]
 
 
 def check_layer(project, W, centre, radius):
@@ -314,8 +367,7 @@ def check_layer(project, W, centre, radius):
     return float(after)
 
 
-@pytest.mark.parametrize("way", FROBENIUS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("way", "dtype"), LAYER_DTYPES)
 def test_adversarial_layers(dtype, way, monkeypatch):
     """Single rows of the adversarial kinds as layers of their own, cut into several chunks."""
     monkeypatch.setattr(chunked, "_CPU_CHUNK", 50)
@@ -396,8 +448,9 @@ def test_a_layer_that_is_not_finite_is_left_and_counted(value):
     W = torch.ones(5, 4)
     W[1, 2] = value
     before, centre = W.clone(), torch.zeros(5, 4)
-    assert Chunked().frobenius([(W, centre)], 1.0) == 1
-    assert torch.equal(bits(W), bits(before))
+    for kernel in KERNELS.values():
+        assert kernel().frobenius([(W, centre)], 1.0) == 1
+        assert torch.equal(bits(W), bits(before))
     device_frobenius(Chunked(), [(W, centre)], 1.0)
     assert torch.equal(bits(W), bits(before))
 
@@ -453,7 +506,13 @@ def test_the_number_of_threads_changes_no_bit(dtype, shape):
             masked = exact.rows(*flat, radius, projections.l1_rows)[0]
             Chunked().frobenius([(layer, centre)], whole)
             device_frobenius(Chunked(), [(device, centre)], whole)
-            results.append([bits(t) for t in (rows, masked, layer, device)])
+            found = [rows, masked, layer, device]
+            if dtype != torch.float64:
+                found += (start.clone() for _ in range(3))
+                Native().rows(found[-3], centre, radius)
+                Native("euclidean").rows(found[-2], centre, radius)
+                Native().frobenius([(found[-1], centre)], whole)
+            results.append([bits(t) for t in found])
         finally:
             torch.set_num_threads(1)
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
