@@ -14,7 +14,8 @@ RNN, LSTM, GRU and their cells   weight_ih, weight_hh,          one gate unit (a
                                  weight_hr
 transformers' ``Conv1D``         weight (in, out)               one output unit (axis 1)
 Embedding, EmbeddingBag          weight                         one token's vector; free by default
-normalisation layers             weight                         one channel; free by default
+normalisation layers, also       weight                         one channel; free by default
+called ``...RMSNorm`` and so on
 any of these                     biases                         one unit; free by default
 anything else                    any                            axis 0; free by default
 ===============================  =============================  =========================================
@@ -61,6 +62,11 @@ _NORMALISATION = (
     nn.GroupNorm,
     nn.RMSNorm,
 )
+_CALLED_NORMALISATION = (
+    "LayerNorm",
+    "RMSNorm",
+    "RmsNorm",
+)  # language models bring their own: LlamaRMSNorm, T5LayerNorm
 _REPARAMETRISED = ("_g", "_v", "_orig")  # by torch.nn.utils' weight_norm, spectral_norm, prune: not the map itself
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -133,7 +139,7 @@ def of(module: nn.Module, attribute: str, *, convention: Convention = "operator"
         return Rows("embedding")
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and convention == "authors":
         return Rows("scale" if module.running_var is not None else "normalisation")
-    if isinstance(module, _NORMALISATION):
+    if isinstance(module, _NORMALISATION) or _is_called_normalisation(module):
         return Rows("normalisation")
     return Rows("other")
 
@@ -165,6 +171,10 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 def _is_transformers_conv1d(module: nn.Module) -> bool:
     return any(t.__name__ == "Conv1D" and t.__module__.startswith("transformers.") for t in type(module).__mro__)
+
+
+def _is_called_normalisation(module: nn.Module) -> bool:
+    return any(cls.__name__.endswith(_CALLED_NORMALISATION) for cls in type(module).__mro__)
 
 
 @dataclass(frozen=True, eq=False)

@@ -221,7 +221,7 @@ def test_an_optimiser_that_cannot_carry_the_constraint_is_refused_at_the_start(t
 def test_fabric_needs_no_callback(tmp_path):
     """The loop of Fabric's own introduction, with the three lines of any loop."""
 
-    def run(model, optimizer, constraint, fabric, data):
+    def run(fabric, model, optimizer, data):
         for image, label in data:
             optimizer.zero_grad()
             fabric.backward(nn.functional.cross_entropy(model(image), label))
@@ -238,10 +238,10 @@ def test_fabric_needs_no_callback(tmp_path):
 
     data = list(batches(6))
     fabric, model, optimizer, constraint = prepared()
-    run(model, optimizer, constraint, fabric, data[:3])
+    run(fabric, model, optimizer, data[:3])
     state = {"model": model, "optimizer": optimizer, "constraint": constraint.state_dict()}
     fabric.save(tmp_path / "state.ckpt", state)
-    run(model, optimizer, constraint, fabric, data[3:])
+    run(fabric, model, optimizer, data[3:])
     final = copy.deepcopy(model.state_dict())
     assert max(promise(model.module)) > 0.99
 
@@ -249,5 +249,5 @@ def test_fabric_needs_no_callback(tmp_path):
     state = {"model": model, "optimizer": optimizer, "constraint": {}}
     fabric.load(tmp_path / "state.ckpt", state)
     constraint.load_state_dict(state["constraint"])
-    run(model, optimizer, constraint, fabric, data[3:])
+    run(fabric, model, optimizer, data[3:])
     assert all(torch.equal(weight, final[name]) for name, weight in model.state_dict().items())

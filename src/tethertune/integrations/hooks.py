@@ -1,4 +1,4 @@
-"""The Lightning hooks, for the ``Callback`` of either package: ``lightning`` and ``pytorch_lightning`` have one each."""
+"""The hooks of Lightning, for the ``Callback`` of either of its packages, ``lightning`` and ``pytorch_lightning``."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ class _Hooks:
         self._tether = tether
         self._saved: dict[str, Any] | None = None
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, _trainer: Any, pl_module: Any, stage: str) -> None:
         """Take the reference."""
         if stage == "fit":
             self._saved = None
@@ -32,7 +32,7 @@ class _Hooks:
         self._tether.begin(pl_module, resumed=resumed)
         self._tether.attach(*trainer.optimizers)
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Any, _pl_module: Any) -> None:
         """Compare with the checkpoint, if one was loaded."""
         if trainer.ckpt_path is not None:
             self._tether.check(self._saved)
@@ -45,7 +45,7 @@ class _Hooks:
         """Keep what the checkpoint says, for the time when all of it is loaded."""
         self._saved = state_dict
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Log, at the steps at which the trainer logs."""
         if trainer._logger_connector.should_update_logs:
             pl_module.log_dict(self._measure())

@@ -41,19 +41,21 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
     _tether: Tether[Any]
     _key: str
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_init_end(
+        self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, *, model: nn.Module, **_: Any
+    ) -> None:
         """Take the reference."""
-        self._tether.take_reference(kwargs["model"])
+        self._tether.take_reference(model)
 
     def on_train_begin(
         self,
-        args: TrainingArguments,
+        _args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
+        _control: TrainerControl,
         *,
         model: nn.Module,
         optimizer: Optimizer,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
         """Compare with the checkpoint, if one was loaded, and attach."""
         resumed = state.global_step > 0
@@ -71,14 +73,15 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
 
     def on_log(
         self,
-        args: TrainingArguments,
+        _args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        _control: TrainerControl,
+        *,
+        logs: dict[str, Any],
+        **_: Any,
     ) -> None:
         """Add to the logs of the training, in the history and for the callbacks that come after this one."""
-        if self._tether.built is not None and logs is not None and ("loss" in logs or "train_loss" in logs):
+        if self._tether.built is not None and ("loss" in logs or "train_loss" in logs):
             values = self._measure()
             logs.update(values)
             state.log_history[-1].update(values)
