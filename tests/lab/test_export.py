@@ -310,10 +310,12 @@ class TestCard:
         assert "The method none has no radii: the distances below are measured" in (folder / "README.md").read_text()
 
 
-def test_exports_are_no_runs(trained):
+def test_exports_are_no_runs_and_go_where_their_run_is_made_anew(trained):
     run = trained()
-    export.export(run.path, "safetensors")
+    folder = export.export(run.path, "safetensors")
     assert [found.path for found in runs.find([run.path])] == [run.path]
+    finetune(run.config, fresh=True, quiet=True)
+    assert not folder.exists()
 
 
 def test_every_form_is_offered_on_the_command_line(tethertune, trained):

@@ -10,6 +10,7 @@
         certificate.json    what its training images prove of it, once ``tethertune certify`` has been asked
         interpolations.json what it is on the way back to its reference, once ``tethertune interpolate`` has been asked
         alpha-<a>.safetensors  the weights there
+        export-<form>/      the weights in a form that others load, once ``tethertune export`` has been asked
         README.md           model card
         resume/             state of an unfinished run; removed when it is complete
 
@@ -277,6 +278,8 @@ class RunFolder:
         names = ("run.json", "metrics.jsonl", "distances.json", "model.safetensors", "README.md", CERTIFICATE)
         for path in (*(self.path / name for name in (*names, INTERPOLATIONS)), *self.path.glob("alpha-*.safetensors")):
             path.unlink(missing_ok=True)
+        for path in self.path.glob("export-*"):
+            shutil.rmtree(path)
 
     @contextmanager
     def _told_plainly(self) -> Iterator[None]:
