@@ -293,7 +293,7 @@ class Constraint:
         """Project all layers, or those that an optimiser trains; not the weights whose ``id`` is among ``settled``."""
         self._steps += 1
         plan, planned = self._plan(optimizer, settled=settled)
-        self._count_broken(plan.project(), torch.device("cpu"))
+        plan.project(self._broken)
         rest = [planned[number] for number in plan.rest]
         balls = [ball for ball in rest if isinstance(ball, Ball)]
         for update in [ball for ball in rest if isinstance(ball, UpdateBall)]:
@@ -369,7 +369,7 @@ class Constraint:
         The environment variable ``TETHERTUNE_BACKEND`` forces one.
 
         Raises:
-            ConfigurationError: The forced one cannot run here, and why.
+            ConfigurationError: The forced one cannot run here, or suits none of the layers.
         """
         with torch.no_grad():
             return self._plan()[0].backend
@@ -484,7 +484,7 @@ class Constraint:
         device = self._reference_device
         held, on_cpu = self._reference.nbytes(), all(local(b.layer.weight).device.type == "cpu" for b in self._balls)
         rest = [[(b.weight, b.centre) for b in balls[number].blocks(device=device)] for number in plan.rest]
-        tables = [known.table.nbytes for known, _ in self._plans.values() if known.table]
+        tables = [known.nbytes for known, _ in self._plans.values()]
         return Memory(
             reference=sum(size for kind, size in held.items() if kind != "mapped" and (on_cpu or kind != "cpu")),
             host=0 if on_cpu else held.get("cpu", 0),

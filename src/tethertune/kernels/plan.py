@@ -18,7 +18,7 @@ _Form: TypeAlias = tuple[int, torch.dtype, torch.Size, tuple[int, ...], bool]
 
 
 class Plan:
-    """The weights that kernels take in one call, and the layers that are left to the chunked path.
+    """The weights that kernels take in one call a device, and the layers that are left to the chunked path.
 
     Args:
         layers: Every constrained layer; a plan no longer holds once the weight of one moves or changes its form.
@@ -29,8 +29,7 @@ class Plan:
 
     Attributes:
         backend: The name of what runs, see :mod:`tethertune.kernels.backend`; ``"chunked"`` if no layer suits kernels.
-        table: What the kernels take; ``None`` for nothing.
-        rest: The numbers of the layers that the table does not hold.
+        rest: The numbers of the layers that the kernels do not take.
 
     Raises:
         ConfigurationError: ``TETHERTUNE_BACKEND`` forces kernels that cannot run, or that suit none of the layers.
@@ -41,28 +40,38 @@ class Plan:
     ) -> None:
         self._seen = [(layer, _form(layer.weight)) for layer in layers]
         self.rest: list[int] = []
-        taken: list[Stretches] = []
-        names = set()
+        taken: dict[tuple[str, torch.device], list[Stretches]] = {}
         for number, (layer, stretches) in enumerate(zip(layers, rows, strict=True)):
             if stretches is not None and not stretches:
                 continue
-            name = backend.choose(layer.weight.device)
-            if name == "native" and stretches and all(map(native.supports, stretches)):
-                taken.extend(stretches)
-                names.add(name)
+            device = local(layer.weight).device
+            name = backend.choose(device)
+            if stretches and all(_suits(name, each, norm, projection) for each in stretches):
+                taken.setdefault((name, device), []).extend(stretches)
             else:
                 self.rest.append(number)
-        self.table = native.Table(taken, norm, projection) if taken else None
+        self._tables = [_table(name, found, norm, projection) for (name, _), found in taken.items()]
+        names = {name for name, _ in taken}
         self.backend = "+".join(sorted(names)) or "chunked"
         if self.rest and backend.forced() not in {None, "chunked", *names}:
             raise ConfigurationError(
                 f"TETHERTUNE_BACKEND={backend.forced()} suits none of the layers: it takes float32, bfloat16 and"
-                " float16 weights and references beside each other, whose rows have no gaps. Unset it."
+                " float16 weights beside their references, whose rows have no gaps. Unset it."
             )
 
-    def project(self) -> int:
-        """Bring inside what the table holds; returns how many rows or layers are not finite."""
-        return self.table.project() if self.table else 0
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tables, without the tensors that they are of."""
+        return sum(table.nbytes for table in self._tables)
+
+    def project(self, broken: dict[torch.device, Tensor]) -> None:
+        """Bring inside what the kernels take.
+
+        Args:
+            broken: How many rows or layers have been found that are not finite, by device: what is found is added.
+        """
+        for table in self._tables:
+            table.project(broken)
 
     def holds(self) -> bool:
         """Whether every weight is where and what it was."""
@@ -72,3 +81,53 @@ class Plan:
 def _form(weight: Tensor) -> _Form:
     W = weight if type(weight) is torch.nn.Parameter else local(weight)
     return (W.data_ptr(), W.dtype, W.shape, W.stride(), weight.requires_grad)
+
+
+class _Native:
+    """A table on the CPU; its kernels say at once what they have found."""
+
+    def __init__(self, rows: Sequence[Stretches], norm: str, projection: str) -> None:
+        self._table = native.Table(rows, norm, projection)
+        self.nbytes = self._table.nbytes
+
+    def project(self, broken: dict[torch.device, Tensor]) -> None:
+        count = self._table.project()
+        if count:
+            cpu = torch.device("cpu")
+            broken[cpu] = torch.tensor(count) + broken.get(cpu, 0)
+
+
+class _Triton:
+    """A table on a CUDA device; its kernels count there, so that nothing waits for them."""
+
+    def __init__(self, rows: Sequence[Stretches], norm: str) -> None:
+        from tethertune.kernels import triton
+
+        make, self._launch = (
+            (triton.mars_table, triton.mars) if norm == "mars" else (triton.frobenius_table, triton.frobenius)
+        )
+        self._table = make(rows)
+        parts = (self._table.blocks, self._table.squares, *self._table.jobs.values())
+        self.nbytes = sum(part.nbytes for part in parts)
+
+    def project(self, broken: dict[torch.device, Tensor]) -> None:
+        device = self._table.blocks.device
+        if device not in broken:
+            broken[device] = torch.zeros((), dtype=torch.int64, device=device)
+        self._launch(self._table, broken[device])
+
+
+def _table(name: str, rows: Sequence[Stretches], norm: str, projection: str) -> _Native | _Triton:
+    return _Native(rows, norm, projection) if name == "native" else _Triton(rows, norm)
+
+
+def _suits(name: str, rows: Stretches, norm: str, projection: str) -> bool:
+    """Whether the kernels of a backend can take these rows."""
+    if name == "native":
+        return native.supports(rows)
+    if name == "triton":
+        from tethertune.kernels import triton
+
+        radial = norm == "frobenius" or projection == "radial"
+        return radial and triton.supports(rows, by_row=norm == "mars")
+    return False
