@@ -54,6 +54,7 @@ def measure(
     before: Action | None = None,
     warm_up: int = 2,
     device: str = "cpu",
+    cpu_time: bool = False,
 ) -> dict[str, Timing]:
     """Time every variant, each right after the base, in rounds.
 
@@ -64,6 +65,8 @@ def measure(
         before: Runs before each pair, not timed: to move weights out of their balls again, say.
         warm_up: Rounds before those that count.
         device: Where they run; on an accelerator the clock waits for it.
+        cpu_time: Count the time of this process on the processor, not that on the clock on the wall: what a thread
+            alone has to do, even while others wait for the same core.
     """
     timings = {name: Timing() for name in variants}
     gc.collect()
@@ -73,7 +76,7 @@ def measure(
             for name, action in variants.items():
                 if before is not None:
                     before()
-                of_base, own = timed(base, device), timed(action, device)
+                of_base, own = (timed(a, device, cpu_time=cpu_time) for a in (base, action))
                 if number >= warm_up:
                     timings[name].base.append(of_base)
                     timings[name].seconds.append(own)
@@ -82,13 +85,14 @@ def measure(
     return timings
 
 
-def timed(action: Action, device: str = "cpu") -> float:
+def timed(action: Action, device: str = "cpu", *, cpu_time: bool = False) -> float:
     """Seconds, from an idle device to an idle device."""
+    clock = time.process_time if cpu_time else time.perf_counter
     _wait_for(device)
-    start = time.perf_counter()
+    start = clock()
     action()
     _wait_for(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _wait_for(device: str) -> None:
@@ -138,6 +142,11 @@ def parser(description: str | None, *, rounds: int = 15) -> argparse.ArgumentPar
     made.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     made.add_argument("--json", metavar="FILE", type=Path, help="write the results there too")
     return made
+
+
+def alone(arguments: argparse.Namespace) -> bool:
+    """Whether one thread of the processor does everything, so that its own time says what it has to do."""
+    return arguments.threads == 1 and arguments.device == "cpu"
 
 
 def start(arguments: argparse.Namespace) -> None:

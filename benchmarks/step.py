@@ -1,109 +1,191 @@
-"""What the constraint costs beside the optimiser's step: ratios to a fused Adam step of the same parameters.
+"""What a constraint or a penalty costs beside the optimiser's step, and what the same costs done otherwise.
 
-Every variant and Adam run in turn, in one process and on one thread, so that a noisy machine disturbs all of them
-alike; a round gives one ratio a variant, and the table shows their median and quartiles.
+Two tables a network. The first is in multiples of ``torch.optim.Adam(fused=True).step()`` of the same parameters: what
+runs before or after that step. The second is of optimisers that hold the balls in their own pass over the weights, in
+multiples of the same optimiser of PyTorch, fused, without any ball. All of one table run in turn in one process.
 
-    python benchmarks/step.py --model resnet101 --rounds 11
+"Inside": nothing is outside of its ball, the usual state with a loose radius. "Outside": before each call every row
+(MARS) or layer (Frobenius) is moved outside. A "stream" moves the same bytes and computes next to nothing: the floor.
+
+    python benchmarks/step.py --model resnet101 vit_base_patch16_224 --rounds 15
 """
 
 import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
+import common
 import torch
-from torch import Tensor, nn
+from common import Action
+from setting import Norm, Setting, Streams
 
 import tethertune as tt
-from tethertune import norms, rows
+
+NORMS: tuple[Norm, ...] = ("mars", "frobenius")
+STATES = ("inside", "outside")
+RULES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Adam": ("Adam", {}),
+    "AMSGrad": ("Adam", {"amsgrad": True}),
+    "AdamW": ("AdamW", {"weight_decay": 0.01}),
+    "SGD momentum": ("SGD", {"momentum": 0.9}),
+}
 
 
-def naive(layers: list[rows.Layer], reference: tt.Reference, radii: dict[str, float], norm: str) -> None:
-    """A direct port: a loop over the tensors that applies the formula to all of each, in float32."""
-    with torch.no_grad():
-        for layer in layers:
-            T = layer.rows.matrix(layer.weight - reference[layer.name])
-            size = T.abs().sum(1, keepdim=True) if norm == "mars" else T.square().sum().sqrt()
-            projected = T * (1 / (size / radii[layer.name]).clamp(min=1))
-            layer.weight.copy_(reference[layer.name] + projected.view(layer.weight.shape))
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend."""
+    before = os.environ.get("TETHERTUNE_BACKEND")
+    os.environ["TETHERTUNE_BACKEND"] = name
+    try:
+        yield
+    finally:
+        del os.environ["TETHERTUNE_BACKEND"]
+        if before is not None:
+            os.environ["TETHERTUNE_BACKEND"] = before
 
 
-def radii_inside_every_row(
-    layers: list[rows.Layer], moved: dict[str, Tensor], reference: tt.Reference
-) -> dict[str, dict[str, float]]:
-    """For each norm, radii that every row (MARS) or layer (Frobenius) is outside of by at least 5 %."""
-    T = {layer.name: layer.rows.matrix(moved[layer.name] - reference[layer.name]) for layer in layers}
+def on(name: str, action: Action) -> Action:
+    """The action, on a backend."""
+
+    def run() -> None:
+        with backend(name):
+            action()
+
+    return run
+
+
+def around_the_step(setting: Setting, device: str, *, compiled: bool) -> dict[str, Action]:
+    """What runs beside an optimiser's step."""
+    streams = Streams(setting, device)
+    floors = {
+        ("mars", "inside"): streams.read,
+        ("mars", "outside"): streams.read_and_write,
+        ("frobenius", "inside"): streams.read,
+        ("frobenius", "outside"): streams.read_then_write,
+    }
+    variants: dict[str, Action] = {"stream of Adam": streams.adam}
+    variants["Adam foreach"] = torch.optim.Adam(setting.parameters, lr=0.0, foreach=True).step
+    for norm, state in itertools.product(NORMS, STATES):
+        variants[f"{norm} {state}: stream"] = floors[norm, state]
+        variants[f"{norm} {state}: tethertune"] = setting.constraint(norm, state).project
+        variants[f"{norm} {state}: tethertune, chunked"] = on("chunked", setting.constraint(norm, state).project)
+        plain = setting.plain(norm, state)
+        variants[f"{norm} {state}: torch.compile"] = plain.compiled() if compiled else plain.naive
+        if not compiled:
+            del variants[f"{norm} {state}: torch.compile"]
+        variants[f"{norm} {state}: foreach"] = plain.foreach
+        variants[f"{norm} {state}: naive loop"] = plain.naive
+    euclidean = setting.constraint("mars", "outside", projection="euclidean")
+    variants["mars outside, Euclidean: tethertune"] = euclidean.project
+    return variants | penalties(setting, streams)
+
+
+def penalties(setting: Setting, streams: Streams) -> dict[str, Action]:
+    """The gradients of l2-SP and MARS-SP, added by a step's hook and by autograd."""
+    variants: dict[str, Action] = {}
+    for norm, name, floor in (
+        ("frobenius", "l2-SP", streams.add_to_gradient),
+        ("mars", "MARS-SP", streams.read),
+    ):
+        variants[f"{name}: stream"] = floor
+        for way in ("tethertune", "tethertune, chunked"):
+            penalty = tt.Penalty(setting.model, norm=norm, strength=1e-9, reference=setting.reference)
+            step = hook_of(penalty, setting)
+            variants[f"{name}: {way}"] = on("chunked", step) if "chunked" in way else step
+        variants[f"{name}: autograd"] = partial(by_autograd, penalty)
+    return variants
+
+
+def hook_of(penalty: tt.Penalty, setting: Setting) -> Action:
+    """What an attached penalty does before a step, without the step."""
+    return partial(penalty._add_gradient, torch.optim.SGD(setting.parameters, lr=0.0))
+
+
+def by_autograd(penalty: tt.Penalty) -> None:
+    """The penalty in the loss, as if that had no other term."""
+    penalty().backward()
+
+
+def optimisers(setting: Setting, rule: str) -> tuple[Action, dict[str, Action]]:
+    """PyTorch's fused optimiser of a rule, and ours with and without balls; they share one state."""
+    name, options = RULES[rule]
+    torchs = getattr(torch.optim, name)(setting.parameters, lr=0.0, fused=True, **options)
+    torchs.step()
+
+    def ours() -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = getattr(tt.optim, name)(setting.parameters, lr=0.0, **options)
+        optimizer.state = torchs.state
+        return optimizer
+
+    def hooked(norm: Norm, state: str) -> Action:
+        constraint = setting.constraint(norm, state)
+
+        def step() -> None:
+            torchs.step()
+            constraint.project()
+
+        return step
+
+    def held(norm: Norm, state: str) -> Action:
+        optimizer = ours()
+        setting.constraint(norm, state).attach(optimizer)
+        return optimizer.step
+
+    variants: dict[str, Action] = {f"{rule}: tethertune, no ball": ours().step}
+    for norm, state in itertools.product(NORMS, STATES):
+        variants[f"{rule}: tethertune, {norm} {state}"] = held(norm, state)
+        if rule == "Adam":
+            variants[f"{rule} of PyTorch and a hook, {norm} {state}"] = hooked(norm, state)
+    return torchs.step, variants
+
+
+def run(setting: Setting, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Both tables, as summaries by variant."""
+    measure: Callable[..., dict[str, common.Timing]] = partial(
+        common.measure,
+        rounds=arguments.rounds,
+        before=setting.move,
+        device=arguments.device,
+        cpu_time=common.alone(arguments),
+    )
+    adam = torch.optim.Adam(setting.parameters, lr=0.0, fused=True)
+    beside = measure(adam.step, around_the_step(setting, arguments.device, compiled=arguments.compile))
+    own: dict[str, common.Timing] = {}
+    for rule in RULES:
+        base, variants = optimisers(setting, rule)
+        own |= measure(base, variants)
     return {
-        "mars": {name: float(norms.row_sums(t).min()) / 1.05 for name, t in T.items()},
-        "frobenius": {name: float(norms.frobenius(t)) / 1.05 for name, t in T.items()},
+        "beside Adam": {name: timing.summary() for name, timing in beside.items()},
+        "optimisers": {name: timing.summary() for name, timing in own.items()},
     }
 
 
-def timed(action: Callable[[], object]) -> float:
-    """Seconds."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
-def measure(model: nn.Module, rounds: int) -> dict[str, list[float]]:
-    """The ratio of each variant to Adam's fused step in each round."""
-    parameters = list(model.parameters())
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter) * 1e-3
-    adam = torch.optim.Adam(parameters, lr=0.0, fused=True)
-    foreach = torch.optim.Adam(parameters, lr=0.0, foreach=True)
-    layers = [layer for layer in rows.layers(model) if not layer.rows.free]
-    reference = tt.Reference.of(model)
-    moved = {layer.name: reference[layer.name] + 1e-3 * torch.randn_like(layer.weight) for layer in layers}
-    tight = radii_inside_every_row(layers, moved, reference)
-    ratios: dict[str, list[float]] = {}
-
-    def move() -> None:
-        with torch.no_grad():
-            for layer in layers:
-                layer.weight.copy_(moved[layer.name])
-
-    variants: dict[str, Callable[[], object]] = {"Adam foreach": foreach.step}
-    for norm in ("mars", "frobenius"):
-        for state, radii in (("inside", dict.fromkeys(tight[norm], 1e6)), ("all outside", tight[norm])):
-            constraint = tt.Constraint(model, norm=norm, radius=radii, reference=reference)
-            variants[f"tethertune {norm}, {state}"] = constraint.project
-            variants[f"naive loop {norm}, {state}"] = lambda n=norm, r=radii: naive(layers, reference, r, n)
-    for number in range(rounds + 2):
-        for name, action in variants.items():
-            move()
-            base = timed(adam.step)
-            ratio = timed(action) / base
-            if number >= 2:
-                ratios.setdefault(name, []).append(ratio)
-    return ratios
-
-
 def main() -> None:
-    """Print the table, and write the ratios as JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet101", help="any timm name, with random weights")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", help="write the ratios of every round to this file")
+    """Print the tables, and write them as JSON where asked."""
+    parser = common.parser(__doc__)
+    parser.add_argument(
+        "--model", nargs="+", default=["resnet101"], help="timm names, or 1b-block, 1b-block:4 (default: resnet101)"
+    )
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--compile", action="store_true", help="torch.compile too, which compiles for minutes")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    import timm
-
-    model = timm.create_model(arguments.model)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    ratios = measure(model, arguments.rounds)
-    print(f"{arguments.model}, {size / 1e6:.1f} M parameters, float32, {arguments.threads} thread(s)")
-    print(f"{'time / Adam(fused=True).step()':34} {'median':>7} {'quartiles':>15}")
-    for name, values in ratios.items():
-        low, median, high = statistics.quantiles(values, n=4)
-        print(f"{name:34} {median:7.2f} {low:7.2f}-{high:.2f}")
-    if arguments.json:
-        record = {"model": arguments.model, "parameters": size, "threads": arguments.threads, "ratios": ratios}
-        Path(arguments.json).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    common.start(arguments)
+    results = {}
+    for name in arguments.model:
+        model = common.network(name).to(arguments.device, getattr(torch, arguments.dtype))
+        setting = Setting.of(model)
+        found = run(setting, arguments)
+        title = f"{name}, {common.millions(model)}, {arguments.dtype}, {arguments.threads} thread(s)"
+        common.print_ratios(
+            f"{title}, {setting.constraint('mars', 'inside').backend} kernels", "Adam", found["beside Adam"]
+        )
+        common.print_ratios(title, "the same of PyTorch, fused", found["optimisers"])
+        results[name] = {"parameters": sum(p.numel() for p in model.parameters()), "dtype": arguments.dtype, **found}
+    common.record(arguments, results)
 
 
 if __name__ == "__main__":
