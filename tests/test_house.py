@@ -28,6 +28,7 @@ ORDER = [
     "optim",
     "attachment",
     "balls",
+    "lazy",
     "adapters",
     "constraint",
     "penalty",

@@ -25,6 +25,7 @@ from tethertune.errors import (
 from tethertune.kernels.chunked import Chunked, Parts, working_set
 from tethertune.kernels.one_pass import Held
 from tethertune.kernels.plan import Plan
+from tethertune.lazy import Lazy, require_bounded
 from tethertune.memory import Memory
 from tethertune.optim import Done, OnePass
 from tethertune.reference import Reference, Source
@@ -106,7 +107,12 @@ class Constraint:
         reference_dtype: Keep the reference in this dtype. Where that is not exact, each radius is reduced by what the
             rounding moves the centre, so that the guarantee stays.
         reference_device: Keep the reference there; ``None``: beside the weights.
-        check_every: On an accelerator, look for weights that are not finite every so many steps.
+        check_every: On an accelerator, or where ``lazy`` leaves them unread, look for weights that are not finite
+            every so many steps.
+        lazy: Read a row and its reference only where the row may have left its ball, as the bound of Adam's and AdamW's
+            steps tells (:mod:`tethertune.lazy`). It pays for a reference that is mapped from a file or on the host, and
+            for radii that are large beside a step. Weights must change in the optimiser's step alone, or by operations
+            that PyTorch counts: not through ``.data``. Other optimisers are refused when attaching.
 
     Raises:
         ConfigurationError: An argument that is not allowed.
@@ -144,6 +150,7 @@ class Constraint:
         reference_dtype: torch.dtype | None = None,
         reference_device: torch.device | str | None = None,
         check_every: int = 100,
+        lazy: bool = False,
     ) -> None:
         if head is None and head_radius is not None:
             raise ConfigurationError(f"head_radius={head_radius} needs head=, the name of the new head's module.")
@@ -167,6 +174,8 @@ class Constraint:
         self._reference_dtype = reference_dtype
         self._reference_device = None if reference_device is None else torch.device(reference_device)
         self._check_every = check_every
+        self._is_lazy = lazy
+        self._hooks: dict[int, tuple[int, int]] = {}  # of a lazy one, by the id of the optimiser
         self._steps = 0
         self._broken: dict[torch.device, Tensor] = {}
         self._fingerprint: str | None = None
@@ -189,6 +198,9 @@ class Constraint:
         self._reference = seen.keep(body, dtype=self._reference_dtype, device=self._reference_device, copy=not ours)
         self._kernel = Chunked(chosen["projection"])
         self._balls = [self._ball(layer, given) for layer, given in radii.items()]
+        self._lazy = (
+            Lazy(self._balls, self._kernel, self._reference_device, self._check_every) if self._is_lazy else None
+        )
         self._plans: dict[tuple[int, int, frozenset[int]], tuple[Plan, list[Ball | UpdateBall]]] = {}
 
     def _radii(self) -> dict[Layer, list[float | Relative]]:
@@ -250,16 +262,22 @@ class Constraint:
                 are taken off.
 
         Raises:
-            AttachError: The optimiser would never call the constraint, or does not hold the parameters.
+            AttachError: The optimiser would never call the constraint, or does not hold the parameters; or there is no
+                bound of its steps, which ``lazy`` needs.
         """
         inner = [inner_optimizer(optimizer) for optimizer in optimizers]
         require_parameters(inner, [ball.layer for ball in self._balls])
+        for optimizer in inner if self._is_lazy else ():
+            require_bounded(optimizer)
         self._plans.clear()  # an optimiser that is gone may have had the id of one of these
         self.project()
         for optimizer in inner:
             hook = optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped))
             if isinstance(optimizer, OnePass):
                 optimizer.tether(self, hook.id)
+            if self._is_lazy:
+                before = optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(stepping))
+                self._hooks[id(optimizer)] = (before.id, hook.id)
 
     def project(self) -> None:
         """Bring every constrained layer inside its ball, in place; what is inside is not touched.
@@ -268,12 +286,23 @@ class Constraint:
             NonFiniteWeightError: A row holds a NaN or an infinity (on an accelerator: see ``check_every``). It is left
                 as it is, all other rows are inside.
         """
+        if self._lazy:
+            self._lazy.forget()
         self._project()
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        if self._lazy:
+            self._lazy.before_step(optimizer)
 
     def _after_step(self, optimizer: Optimizer) -> None:
         done = optimizer.done(self) if isinstance(optimizer, OnePass) else Done()
         self._count_broken(done.broken, torch.device("cpu"))
-        self._project(optimizer, settled=done.settled)
+        settled = done.settled
+        if self._lazy:
+            for device, count in self._lazy.after_step(optimizer, self._hooks[id(optimizer)], settled).items():
+                self._count_broken(count, device)
+            settled |= self._lazy.covered(optimizer)
+        self._project(optimizer, settled=settled)
 
     @property
     def form(self) -> object:
