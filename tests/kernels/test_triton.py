@@ -71,8 +71,9 @@ def test_it_compiles_for_a_device_with_wide_loads_and_few_registers(compile_for_
     weight, centre = (getattr(tl, dtype) for dtype in dtypes)
     ptx, registers, stack = compile_for_device(getattr(kernels, name), weight, centre)
     print(f"{name}, {weight} around {centre}: {registers} registers, {stack} bytes of stack")  # noqa: T201
-    assert registers <= 128  # four programs of 128 threads on a processor at once
+    assert registers <= 96  # five programs of 128 threads on a processor at once
     assert stack <= 64
     wide = re.findall(r"ld\.global\S*\.v[24]\S*", ptx)
-    assert len([load for load in wide if "v4" in load]) >= 2  # 16 bytes a thread, of the weights and of the centre
+    assert len(wide) >= 2  # of the weights and of the centre: 16 bytes a thread, where 16-bit weights are settled 8
+    assert name == "_scale" or sum("v4" in load for load in wide) >= 2
     assert "call.uni" not in re.sub(r"__assertfail|vprintf", "", ptx)  # all in one function

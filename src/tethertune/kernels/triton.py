@@ -8,7 +8,8 @@ compiled or built again. What is compiled depends on the dtypes of weights and c
 them alike needs one launch, and each further pair of dtypes one more.
 
 **MARS** (one launch). Rows of up to 32 and up to 256 weights are taken 8 and 2 at a time, longer ones one a program,
-in a loop over 1024 columns. What happens to a row is what :mod:`tethertune.kernels.chunked` does:
+in a loop over 1024 columns, 16 bytes a thread at once (512 where rows do not start at multiples of that). What happens
+to a row is what :mod:`tethertune.kernels.chunked` does:
 
 1. *Measure* in float32 lanes of at most 128 additions, added up in float64: a relative error of at most
    :math:`2^{-16}`. A row that is inside by more is done, and not written.
@@ -71,7 +72,7 @@ MARGIN = tl.constexpr(rounding.MARGIN)
 SMALLEST = tl.constexpr(1e-15)  # a distance whose square float32 still holds, and a scale that loses no digits
 FIELDS = tl.constexpr(_FIELDS)
 FLUSH = tl.constexpr(128)  # additions in float32 before the sum goes on in float64
-# Rows a program takes: few enough that it needs at most 96 registers a thread, so that five run on a processor at once
+# Rows a program takes: few enough that it needs about 72 registers a thread, so that seven run on a processor at once
 ROWS_NARROW, ROWS_MEDIUM, ROWS_WIDE = tl.constexpr(8), tl.constexpr(2), tl.constexpr(1)
 
 
@@ -259,12 +260,12 @@ def _bring_inside(
     broken = tl.zeros([R], tl.int64)
     if _any(outside):
         if WEIGHT == tl.float32 or not EXACT:
-            total = _sum(rows, outside, total, WEIGHT, CENTRE, POWER, tl.float64, False, False, R, C)
+            total = _sum(rows, outside, total, WEIGHT, CENTRE, POWER, tl.float64, False, False, R, C // 2)
         finite = total < float("inf")
         broken = (outside & ~finite).to(tl.int64)
         outside = outside & finite & (total > limit)
         if _any(outside):
-            _settle(rows, outside, _root(aim / total, POWER), budget, WEIGHT, CENTRE, POWER, R, C)
+            _settle(rows, outside, _root(aim / total, POWER), budget, WEIGHT, CENTRE, POWER, R, C // 2)
     return tl.sum(broken, axis=0)
 
 
@@ -302,7 +303,7 @@ def _mars(jobs, blocks, broken, WEIGHT: tl.constexpr, CENTRE: tl.constexpr):
     elif shape == 1:
         _mars_tile(block, first, broken, WEIGHT, CENTRE, False, ROWS_MEDIUM, 256)
     elif shape == 2:
-        _mars_tile(block, first, broken, WEIGHT, CENTRE, False, ROWS_WIDE, 1024)
+        _mars_tile(block, first, broken, WEIGHT, CENTRE, False, ROWS_WIDE, 512)
     else:
         _mars_tile(block, first, broken, WEIGHT, CENTRE, True, ROWS_WIDE, 1024)
 
