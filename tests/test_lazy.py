@@ -1,6 +1,8 @@
 """A lazy constraint keeps the promise exactly, whatever happens between steps, and leaves most references unread."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch import nn
 import tethertune as tt
 from tethertune import norms, rows
 from tethertune.errors import AttachError, NonFiniteWeightError
+from tethertune.kernels import backend
+from tethertune.optim import OnePass
 
 torch.set_num_threads(1)
 
@@ -280,3 +284,36 @@ def test_two_lazy_optimizers_each_hold_a_part():
         assert all(d.value <= 1.0 for d in constraint.distances().values())
     assert constraint._lazy.read < constraint._lazy.rows
     assert not torch.equal(before[-2], model[6].weight)
+
+
+def referenced(path, step):
+    """How much of a mapped file this process has touched in a step, in KiB, as the kernel's page tables tell."""
+    Path("/proc/self/clear_refs").write_text("1")
+    step()
+    of_file = Path("/proc/self/smaps").read_text().partition(str(path))[2]
+    return int(re.search(r"Referenced:\s+(\d+) kB", of_file)[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's page tables")
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, tt.optim.AdamW, tt.optim.SGD])
+def test_the_pages_of_a_mapped_reference_stay_untouched(optimizer, tmp_path):
+    if issubclass(optimizer, OnePass) and backend.choose(torch.device("cpu")) != "native":
+        pytest.skip("the optimiser measures in C")
+    model = nn.Linear(512, 1024, bias=False)
+    path = tmp_path / "reference.safetensors"
+    save_file(model.state_dict(), path)
+    touched = {}
+    for lazy, radius in ((False, 5.0), (True, 5.0), (True, 0.01)):
+        if lazy is False and issubclass(optimizer, OnePass):
+            continue
+        constraint = tt.Constraint(model, radius=radius, reference=path, lazy=lazy)
+        stepping = optimizer(model.parameters(), lr=1e-5)
+        constraint.attach(stepping)
+        for _ in range(3):
+            model.weight.grad = torch.randn(1024, 512)
+            stepping.step()
+        model.weight.grad = torch.full((1024, 512), 3.0)
+        touched[lazy, radius] = referenced(path, stepping.step)
+    assert touched[True, 5.0] <= 64
+    assert touched[True, 0.01] >= 1024
+    assert touched.get((False, 5.0), 2048) >= 2048

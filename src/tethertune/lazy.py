@@ -16,8 +16,8 @@ rate at first, about 7 in the long run with the usual betas. AMSGrad only shorte
 they are, so that loaded states, betas that change and any schedule are covered. AdamW's decay adds
 :math:`\eta \lambda |w|`, and rounding its share; both are bounded through the norm of the reference row.
 
-Other optimisers have no such bound without reading gradients, and are refused; those of :mod:`tethertune.optim` measure
-what they move while they move it.
+Those of :mod:`tethertune.optim` need no bound: they measure what they move while they move it, and leave the reference
+unread by themselves. All other optimisers have no bound without reading gradients, and are refused.
 """
 
 import inspect
@@ -35,6 +35,7 @@ from tethertune import norms
 from tethertune.balls import Ball, Block
 from tethertune.errors import AttachError
 from tethertune.kernels.chunked import Chunked
+from tethertune.optim import OnePass
 from tethertune.reference import stretches
 from tethertune.sharding import is_sharded, local
 
@@ -45,16 +46,19 @@ _GATHERED = 1 << 20  # weights of rows that are looked at together
 
 
 def require_bounded(optimizer: Optimizer) -> None:
-    """Check that a step of the optimiser has a bound that the host knows.
+    """Check that a step of the optimiser measures what it moves, or has a bound that the host knows.
 
     Raises:
-        AttachError: It is not Adam or AdamW, or keeps its learning rate or its count of steps on an accelerator.
+        AttachError: It is neither of :mod:`tethertune.optim` nor Adam or AdamW, or keeps its learning rate or its count
+            of steps on an accelerator.
     """
     name = type(optimizer).__name__
+    if isinstance(optimizer, OnePass) and not isinstance(optimizer, Adam):
+        return
     if not (isinstance(optimizer, Adam) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(Adam.step)):
         raise AttachError(
             f"lazy=True needs a bound of how far a step can move a weight, and for {name} there is none without its"
-            " gradients: use Adam or AdamW, or lazy=False."
+            " gradients: use Adam or AdamW, or an optimizer of tethertune.optim, or lazy=False."
         )
     for group in optimizer.param_groups:
         away = any(local(p).device.type != "cpu" for p in group["params"])
@@ -114,6 +118,8 @@ class Lazy:
 
     def _held(self, optimizer: Optimizer) -> list[tuple[Ball, dict[str, Any]]]:
         """The balls that can be followed through this optimiser's steps, with their parameter groups."""
+        if not isinstance(optimizer, Adam):
+            return []
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         weights = [(ball, ball.layer.weight) for ball in self._balls]
         return [
