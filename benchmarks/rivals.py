@@ -126,24 +126,32 @@ class SPD:
     layers: Layers
     decay: float = 1e-3
     start: list[Tensor] = field(default_factory=list)
+    away: list[Tensor] = field(default_factory=list)
 
     @torch.no_grad()
-    def step(self) -> None:
-        """What is to be measured before the optimiser moves a weight, and what is done after."""
-        self.start = []
-        conditions = []
+    def before(self) -> None:
+        """Look at the gradients and distances that the optimiser's step begins with."""
+        self.start, self.away = [], []
         for weight, centre in zip(self.layers.weights, self.layers.centres, strict=True):
             T = weight - centre
             assert weight.grad is not None
             self.start.append(T.norm())
-            conditions.append(-(weight.grad * T).sum())
-        for weight, centre, start, condition in zip(
-            self.layers.weights, self.layers.centres, self.start, conditions, strict=True
-        ):
-            if condition < 0:
+            self.away.append((weight.grad * T).sum() > 0)
+
+    @torch.no_grad()
+    def after(self) -> None:
+        """Decay what the step has moved."""
+        columns = (self.layers.weights, self.layers.centres, self.start, self.away)
+        for weight, centre, start, away in zip(*columns, strict=True):
+            if away:
                 T = weight - centre
                 size = T.norm()
                 weight.sub_(self.decay * ((size - start) / size).clamp(0, 1) * T)
+
+    def step(self) -> None:
+        """Both."""
+        self.before()
+        self.after()
 
 
 def l2_sp(layers: Layers) -> None:
