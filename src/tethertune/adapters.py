@@ -327,7 +327,8 @@ class UpdateBall:
             room = (square.clamp(min=0) + 4 * error).sqrt() + 1.01 * share * unit * bound.sqrt()
             scale = self.radius / room * (1 - 2**-50) if share < math.inf else torch.zeros_like(room)
             _scale(blocks, scale.expand(len(L)), outside.expand(len(L)))
-        return (~square.isfinite()).long()
+        broken: Tensor = square.isfinite().logical_not().long()
+        return broken
 
     def _reduced(self, values: Tensor) -> Tensor:
         weight = self.layer.weight

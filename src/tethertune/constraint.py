@@ -326,8 +326,8 @@ class Constraint:
         rest = [planned[number] for number in plan.rest]
         balls = [ball for ball in rest if isinstance(ball, Ball)]
         for update in [ball for ball in rest if isinstance(ball, UpdateBall)]:
-            broken = update.project()
-            self._count_broken(broken, broken.device)
+            count = update.project()
+            self._count_broken(count, count.device)
         for ball in balls:
             if ball.by_row:
                 for block in ball.blocks(device=self._reference_device):

@@ -67,7 +67,8 @@ class ConstraintHooks(_Hooks):
         return built
 
     def _measure(self) -> dict[str, float]:
-        return measure_constraint(self._tether.built, self._tether.log)
+        assert self.constraint is not None
+        return measure_constraint(self.constraint, self._tether.log)
 
 
 class PenaltyHooks(_Hooks):
@@ -83,4 +84,5 @@ class PenaltyHooks(_Hooks):
         return built
 
     def _measure(self) -> dict[str, float]:
-        return measure_penalty(self._tether.built, self._tether.log)
+        assert self.penalty is not None
+        return measure_penalty(self.penalty, self._tether.log)

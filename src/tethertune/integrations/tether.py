@@ -46,7 +46,7 @@ class Tether(Generic[Kind]):
             )
         self.built: Kind | None = None
         self.log = log
-        self._kind = kind
+        self._kind: type[Kind] = kind
         self._options = dict(options)
         self._model: nn.Module | None = None
         self._attached: list[Optimizer] = []
