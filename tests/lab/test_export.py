@@ -132,6 +132,20 @@ def test_a_cast_alone_would_not_hold_it(trained, tiny_inputs):
     assert outside
 
 
+def test_batch_norm_scales_as_the_authors_hold_them(trained, tiny_inputs):
+    run = trained(convention="authors", bn="train", radius=0.15, lr=0.03)
+    folder = export.export(run.path, "safetensors", dtype="float16")
+    state, base = load_file(folder / "model.safetensors"), load_file(tiny_inputs / "base.safetensors")
+    scales = [name for name in state if name.endswith("running_var")]
+    now, then = (
+        [weights[n.replace("running_var", "weight")].double() / (weights[n].double() + 1e-6).sqrt() for n in scales]
+        for weights in (state, base)
+    )
+    moved = [float((a - b).abs().max()) for a, b in zip(now, then, strict=True)]
+    assert len(moved) > 5
+    assert 0.14 < max(moved) <= 0.15
+
+
 class TestForms:
     @pytest.mark.parametrize(("to", "dtype"), [("timm", "float32"), ("huggingface", "bfloat16")])
     def test_of_timm(self, trained, images, to, dtype):
