@@ -272,7 +272,8 @@ class Constraint:
         self._plans.clear()  # an optimiser that is gone may have had the id of one of these
         self.project()
         for optimizer in inner:
-            hook = optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped))
+            after = torch.compiler.disable(lambda stepped, *_: self._after_step(stepped))  # where step() is compiled
+            hook = optimizer.register_step_post_hook(after)
             if isinstance(optimizer, OnePass):
                 optimizer.tether(self, hook.id)
             if self._is_lazy:
