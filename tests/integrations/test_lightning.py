@@ -147,17 +147,23 @@ def test_a_checkpoint_of_another_reference_other_options_or_without_the_callback
 
 @BOTH
 def test_the_penalty_equals_one_in_the_loss(package, callbacks, tmp_path):
-    class WithPenalty(module_class(package)):
+    class Module(module_class(package)):
+        penalty = None
+
         def training_step(self, batch, index):
-            return super().training_step(batch, index) + self.penalty()
+            loss = super().training_step(batch, index)
+            return loss if self.penalty is None else loss + self.penalty()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
 
     data = batches(4)
     options = {"strength": 0.05, "head_strength": 0.01}
-    by_hand = WithPenalty()
+    by_hand = Module()
     by_hand.penalty = tt.Penalty(by_hand, head="network.5", **options)
     trainer(package, tmp_path, epochs=1).fit(by_hand, data)
 
-    module = module_class(package)()
+    module = Module()
     tether = callbacks.PenaltyCallback(head="network.5", **options)
     trainer(package, tmp_path / "ours", tether, epochs=1).fit(module, data)
     for name, weight in by_hand.network.state_dict().items():
