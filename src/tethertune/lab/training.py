@@ -153,6 +153,8 @@ class Training:
         self.accelerator = accelerator
         self.part = None if part is None else dict(part)
         self.on_epoch = on_epoch
+        if accelerator.device.type == "cpu":
+            machine.keep_memory()
         self.loaded, self.dataset = _inputs(config)
         self.network: nn.Module = self.loaded.model.to(accelerator.device)
         if config.channels_last:
@@ -248,6 +250,7 @@ class Training:
         self._save_when_due(folder, epoch_ended=True)
         if self.on_epoch is not None:
             self.on_epoch(line)
+            progress.epoch_began = self._seconds()  # nothing was trained while that was called
 
     def _train_mode(self) -> None:
         self.model.train()
