@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-CHECKS = ["ddp", "fsdp", "sharded_adapters"]
+CHECKS = ["ddp", "fsdp", "sharded_adapters", "loaded_on_the_first_rank_alone"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ class Program:
     def __init__(self, folder):
         self.folder = Path(folder)
 
-    def trainer(self, output, tether, *, sharded):
+    def trainer(self, output, tether, *, sharded, model=None, **fsdp):
         """A Trainer of a tiny BERT, of which every rank sees other batches."""
         import transformers
         from accelerate import DistributedType, FullyShardedDataParallelPlugin
@@ -77,11 +77,15 @@ class Program:
             use_cpu=True,
             ddp_backend="gloo",
             fsdp=True if sharded else None,
-            fsdp_config={"state_dict_type": "SHARDED_STATE_DICT", "transformer_layer_cls_to_wrap": ["BertLayer"]}
+            fsdp_config={
+                "state_dict_type": "SHARDED_STATE_DICT",
+                "transformer_layer_cls_to_wrap": ["BertLayer"],
+                **fsdp,
+            }
             if sharded
             else None,
         )
-        return OnCPU(self.network(), arguments, train_dataset=Sentences(), callbacks=[tether, self.witness()])
+        return OnCPU(model or self.network(), arguments, train_dataset=Sentences(), callbacks=[tether, self.witness()])
 
     def network(self):
         import transformers
@@ -185,6 +189,39 @@ class Program:
             assert "spreads its rows over ranks" in str(error)  # noqa: PT017 - there is no pytest here
         else:
             raise AssertionError("The columns of an embedding's factor are sharded, and it was not refused.")
+
+    def loaded_on_the_first_rank_alone(self):
+        """As ``from_pretrained`` leaves the others under ``cpu_ram_efficient_loading``: with whatever was in memory."""
+        from safetensors.torch import save_file
+
+        from tethertune.errors import ReferenceMismatchError
+        from tethertune.integrations.transformers import ConstraintCallback
+
+        options = {"radius": 0.1, "head": "classifier", "head_radius": 0.5}
+
+        def trained(output, resume=None, **more):
+            model = self.network()
+            if torch.distributed.get_rank():
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.fill_(7.0)
+            tether = ConstraintCallback(**options, **more)
+            trainer = self.trainer(output, tether, sharded=True, model=model, cpu_ram_efficient_loading=True)
+            trainer.train(resume_from_checkpoint=resume)
+            assert 0.99 < max(self.shares) <= 1, self.shares
+            return tether.constraint.distances()
+
+        distances = trained("first")
+        checkpoint = str(self.folder / "first/checkpoint-2")
+        try:
+            trained("refused", checkpoint)
+        except ReferenceMismatchError as error:
+            assert "reference=" in str(error)  # noqa: PT017 - there is no pytest here
+        else:
+            raise AssertionError("A checkpoint was resumed without a reference.")
+        file = self.folder / f"pretrained-{torch.distributed.get_rank()}.safetensors"
+        save_file(self.network().state_dict(), file)
+        assert trained("resumed", checkpoint, reference=file) == distances
 
     def run(self, rank):
         outcome = {}

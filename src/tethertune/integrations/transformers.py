@@ -11,8 +11,11 @@
 
 The reference is the model as it is when the Trainer is made, so make it with the *pre-trained* weights, also to
 resume: the Trainer loads the checkpoint later, and that the reference is the same as at the beginning is checked then.
+Only with FSDP's ``cpu_ram_efficient_loading`` no rank but the first has weights at that time: the reference is taken
+when they have been sharded, and to resume, ``reference=`` has to name the file of the pre-trained weights.
 """
 
+import os
 from typing import Any
 
 from torch import nn
@@ -44,8 +47,9 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
     def on_init_end(
         self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
-        """Take the reference."""
-        self._tether.take_reference(model)
+        """Take the reference, where every rank has the weights."""
+        if not _only_rank_0_has_the_weights():
+            self._tether.take_reference(model)
 
     def on_train_begin(
         self,
@@ -88,6 +92,12 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
 
     def _measure(self) -> dict[str, float]:
         raise NotImplementedError
+
+
+def _only_rank_0_has_the_weights() -> bool:
+    """Whether FSDP's ``cpu_ram_efficient_loading`` leaves those of the other ranks empty until they are sharded."""
+    asked = (os.environ.get(name, "false") for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"))
+    return all(value.lower() in ("1", "true", "yes") for value in asked)
 
 
 class ConstraintCallback(_Callback):
