@@ -285,7 +285,8 @@ class Constraint:
 
         Raises:
             NonFiniteWeightError: A row holds a NaN or an infinity (on an accelerator: see ``check_every``). It is left
-                as it is, all other rows are inside.
+                as it is, all other rows are inside. Of sharded rows only the rank that holds this one raises, since a
+                MARS ball costs no communication; all ranks raise for a Frobenius ball, and in :meth:`distances`.
         """
         if self._lazy:
             self._lazy.forget()
@@ -312,11 +313,13 @@ class Constraint:
 
     @torch.no_grad()
     def held(self) -> list[Held]:
-        """The balls that an optimiser of :mod:`tethertune.optim` can keep in its own step."""
-        if self._settings["norm"] == "mars" and self._settings["projection"] != "radial":
-            return []
+        """The balls as an optimiser of :mod:`tethertune.optim` can keep them in its own step."""
+        radial = self._settings["norm"] == "frobenius" or self._settings["projection"] == "radial"
         found = [(ball, ball.in_memory(device=self._reference_device)) for ball in self._balls]
-        return [Held(ball.layer.weight, rows[0], ball.by_row) for ball, rows in found if rows and len(rows) == 1]
+        return [
+            Held(ball.layer.weight, rows[0] if radial and rows and len(rows) == 1 else None, ball.by_row)
+            for ball, rows in found
+        ]
 
     @torch.no_grad()
     def _project(self, optimizer: Optimizer | None = None, *, settled: frozenset[int] = frozenset()) -> None:
@@ -412,24 +415,30 @@ class Constraint:
             new = torch.as_tensor(count, device=device)
             self._broken[device] = new if before is None else before + new
 
-    def _look(self) -> None:
-        """Raise for rows that were counted as not finite."""
-        counted = sum(int(count) for count in self._broken.values())
+    def _look(self, *, elsewhere: bool = False) -> None:
+        """Raise for rows that were counted as not finite, here or ``elsewhere``, on a rank that has told of them."""
+        counted = self._counted()
         self._broken.clear()
-        if not counted:
+        if not counted and not elsewhere:
             return
+        advice = (
+            " a NaN or an infinity after the optimiser's step; it was left as it is. Go back to the last checkpoint and"
+            " lower the learning rate, or find the batch that gave such a gradient."
+        )
         for ball in self._balls:
-            if isinstance(ball, Ball):
-                finite = ball.layer.rows.matrix(local(ball.layer.weight).detach()).isfinite().all(dim=1)
-            else:
-                finite = ball.distances().isfinite()
-            if not finite.all():
-                row = int((~finite).nonzero()[0])
-                raise NonFiniteWeightError(
-                    f"Row {row} of {ball.layer.name} holds a NaN or an infinity after the optimiser's step; it was left"
-                    " as it is. Go back to the last checkpoint and lower the learning rate, or find the batch that"
-                    " gave such a gradient."
+            row = _broken_row(ball)
+            if row is not None:
+                where = (
+                    f" (of this rank's part, rank {torch.distributed.get_rank()})"
+                    if is_sharded(ball.layer.weight)
+                    else ""
                 )
+                raise NonFiniteWeightError(f"Row {row} of {ball.layer.name}{where} holds{advice}")
+        if any(is_sharded(ball.layer.weight) for ball in self._balls):
+            raise NonFiniteWeightError(f"A row on another rank holds{advice}")
+
+    def _counted(self) -> int:
+        return sum(int(count) for count in self._broken.values())
 
     # ------------------------------------------------------------------------------- other copies of the network
 
@@ -482,11 +491,13 @@ class Constraint:
         Raises:
             NonFiniteWeightError: A step since the last look met a row that is not finite.
         """
-        self._look()
+        counted = torch.tensor([self._counted()], dtype=torch.float64)
         weights = [ball.layer.weight for ball in self._balls]
         measured = [self._measure(ball) for ball in self._balls]
+        measured = [torch.cat([values, counted.to(values.device)]) for values in measured]
         totals = reduce_over_shards(measured, weights, "sum")
         largest = reduce_over_shards(measured, weights, "max")
+        self._look(elsewhere=any(total[2] for total in totals))
         return {
             ball.layer.name: self._distance(ball, (most if ball.by_row else total)[0].item(), int(total[1]))
             for ball, total, most in zip(self._balls, totals, largest, strict=True)
@@ -583,6 +594,17 @@ class Constraint:
         except TethertuneError:
             vars(self).update(before)
             raise
+
+
+def _broken_row(ball: Ball | UpdateBall) -> int | None:
+    """The number of the first row that is not finite, of this rank's part."""
+    if isinstance(ball, Ball):
+        finite = ball.layer.rows.matrix(local(ball.layer.weight).detach()).isfinite().all(dim=1)
+    elif is_sharded(ball.layer.weight):  # to measure it would be a collective call
+        finite = local(ball.layer.weight).detach().isfinite().all(dim=1)
+    else:
+        finite = ball.distances().isfinite()
+    return None if bool(finite.all()) else int((~finite).nonzero()[0])
 
 
 def _one_of(argument: str, given: str, allowed: Sequence[str]) -> str:
