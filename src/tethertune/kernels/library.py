@@ -1,7 +1,7 @@
 """The C kernels as a shared library: compiled once on this machine by the compiler it has, then loaded from a cache.
 
 The sources in ``kernels/c`` are plain C11 of a few hundred lines that include nothing of Python's or torch's, so that
-compiling takes a second or two and installing the package needs no compiler. They are compiled for the very processor
+compiling takes a few seconds and installing the package needs no compiler. They are compiled for the very processor
 that runs them, into ``$XDG_CACHE_HOME/tethertune/kernels`` under a name that tells sources, flags, compiler and
 processor apart; a process that finds the file there only loads it.
 """
@@ -22,7 +22,7 @@ __all__ = ["CannotCompileError", "load"]
 SOURCES = Path(__file__).parent / "c"
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math")
 """Nothing that lets a compiler reorder or drop floating-point operations: the kernels' error bounds count on them."""
-_PATIENCE = 120  # seconds for the compiler; it takes one or two
+_PATIENCE = 120  # seconds for the compiler; it takes about five on one core
 
 _log = logging.getLogger("tethertune")
 
