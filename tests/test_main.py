@@ -7,11 +7,14 @@ import pytest
 import tethertune
 from tethertune.__main__ import main
 
-SOURCE = Path(tethertune.__file__).parents[1]
+SOURCE = Path(tethertune.__file__).parent
 
 
-def test_without_the_extra_it_says_which_line_to_run():
-    program = f"import sys; sys.path.insert(0, {str(SOURCE)!r}); from tethertune.__main__ import main; sys.exit(main())"
+def test_without_the_extra_it_says_which_line_to_run(tmp_path):
+    (tmp_path / "tethertune").symlink_to(SOURCE)  # alone, wherever it is installed
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from tethertune.__main__ import main; sys.exit(main())"
+    )
     done = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
