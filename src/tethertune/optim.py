@@ -17,6 +17,7 @@ other code comes before the constraint's, because it may write to the weights. `
 for it.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from itertools import takewhile
 from operator import is_
@@ -44,7 +45,7 @@ class Tethered(Protocol):
         """Another object whenever a ball has become another one."""
 
     def held(self) -> Sequence[Held]:
-        """The balls that the C kernels can do, of the weights where they are now."""
+        """All balls, of the weights where they are now."""
 
 
 class Done(NamedTuple):
@@ -99,19 +100,11 @@ class _Group:
 
 
 def _sole_owners(holders: Sequence[Tethered]) -> tuple[dict[int, Tethered], dict[int, Held]]:
-    """Who holds a parameter and in which ball, by its ``id``, where it is one holder with one ball."""
-    owners: dict[int, Tethered] = {}
-    held: dict[int, Held] = {}
-    several = set()
-    for holder in holders:
-        for ball in holder.held():
-            key = id(ball.parameter)
-            if key in held:
-                several.add(key)
-            owners[key], held[key] = holder, ball
-    for key in several:
-        del owners[key], held[key]
-    return owners, held
+    """Who holds a parameter and in which ball, by its ``id``, if it is held once and C can do it."""
+    found = [(id(ball.parameter), holder, ball) for holder in holders for ball in holder.held()]
+    times = Counter(key for key, _, _ in found)
+    sole = [(key, holder, ball) for key, holder, ball in found if times[key] == 1 and ball.rows is not None]
+    return {key: holder for key, holder, _ in sole}, {key: ball for key, _, ball in sole}
 
 
 def _is_ours(hook: object) -> bool:
@@ -146,7 +139,7 @@ class OnePass(Optimizer):
             self._done = {}
         if not self._is_for_c(group):
             return super()._init_group(group, *lists)  # type: ignore[misc]
-        names, holders = self._state_names(group), self._first_holders()
+        names, holders = self._state_names(group), self._holders()
         known = self._groups.get(id(group))
         if known is None or not known.ready(group, names, holders):
             known = _Group(group, names, holders)
@@ -172,10 +165,12 @@ class OnePass(Optimizer):
             return False
         return backend.choose(_CPU) == "native"
 
-    def _first_holders(self) -> list[Tethered]:
-        """Whose hooks come before all those of other code, which may write to the weights."""
-        hooks = takewhile(lambda known: _is_ours(known[1]), self._optimizer_step_post_hooks.items())
-        return [self._tethers[key] for key, _ in hooks if key in self._tethers]
+    def _holders(self) -> list[Tethered]:
+        """Who holds balls; nobody if a hook of other code, which may write to the weights, comes before theirs."""
+        hooks = self._optimizer_step_post_hooks
+        holding = [key for key in self._tethers if key in hooks]
+        first = dict(takewhile(lambda known: _is_ours(known[1]), hooks.items()))
+        return [self._tethers[key] for key in holding] if all(key in first for key in holding) else []
 
     def _note(self, settled: Mapping[int, frozenset[int]], broken: Mapping[int, int]) -> None:
         """Add to what has been done what a group has settled, by holder, and what was not finite, by parameter."""

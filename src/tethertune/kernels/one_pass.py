@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from operator import is_
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +19,21 @@ from tethertune.kernels.stretches import Stretches
 __all__ = ["Held", "Rule", "StepTable", "state_suits", "suits"]
 
 _ZERO = 3  # the type of a centre that is 0
-State: TypeAlias = Mapping[str, Tensor | None]
+_PIECE = 1 << 15  # as in c/ball.h
+State: TypeAlias = Mapping[str, Any]
 
 
 class Held(NamedTuple):
-    """A parameter in a ball that the C kernels can do.
+    """A parameter in a ball.
 
     Attributes:
         parameter: Whose weights they are.
-        rows: The weights as rows, with their centre and radius.
+        rows: The weights as rows, with their centre and radius; ``None`` for what the C kernels cannot do.
         by_row: Whether each row has a ball; otherwise all of them have one together (Frobenius).
     """
 
     parameter: Tensor
-    rows: Stretches
+    rows: Stretches | None
     by_row: bool
 
 
@@ -123,11 +124,12 @@ class StepTable:
         held: Mapping[int, Held],
         fresh: Collection[int] = (),
     ) -> None:
-        balls = {id(p): ball for p in parameters if (ball := held.get(id(p))) is not None and _lies_there(ball, p)}
-        layers = [p for p in parameters if id(p) in balls and not balls[id(p)].by_row]
-        self.parameters = layers + [p for p in parameters if id(p) not in balls or balls[id(p)].by_row]
+        rows = {id(p): held[id(p)].rows for p in parameters if id(p) in held}
+        balls = {id(p): ball for p in parameters if (ball := rows.get(id(p))) is not None and _lies_in(p, ball)}
+        layers = [p for p in parameters if id(p) in balls and not held[id(p)].by_row]
+        self.parameters = layers + [p for p in parameters if id(p) not in balls or held[id(p)].by_row]
         self.settled = frozenset(balls)
-        self._held = balls  # the memory of centres and radii
+        self._balls = balls  # the memory of centres and radii
         self._states, self._names, self._layers, self._fresh = states, names, len(layers), bool(fresh)
         self._state_of = [states.get(p, {}) for p in self.parameters]
         self._tensors = [*self.parameters, *(state[name] for state in self._state_of for name in names)]
@@ -146,7 +148,7 @@ class StepTable:
 
     def ready(self) -> bool:
         """Whether everything is where it was; notes where the gradients are now."""
-        addresses = []
+        addresses: list[ctypes.c_uint64 | int] = []
         dtype, layout = torch.float32, torch.strided
         for p, stride in zip(self.parameters, self._strides, strict=True):
             gradient = p.grad
@@ -189,29 +191,35 @@ class StepTable:
         return {id(p): b.broken for p, b in zip(self.parameters, self._blocks, strict=True) if b.broken}
 
 
-def _lies_there(ball: Held, parameter: Tensor) -> bool:
+def _lies_in(parameter: Tensor, ball: Stretches) -> bool:
     """Whether the rows are the memory of the parameter, one after the other."""
-    W = ball.rows.weight
+    W = ball.weight
     same = W.data_ptr() == parameter.data_ptr() and W.numel() == parameter.numel()
-    return same and W.dtype == torch.float32 and supports(ball.rows) and (len(W) == 1 or W.stride(0) == W.shape[1])
+    return same and W.dtype == torch.float32 and supports(ball) and (len(W) == 1 or W.stride(0) == W.shape[1])
 
 
-def _guards(ball: Held | None) -> Tensor:
-    """Room for ``struct guard`` of each row: nothing known yet."""
-    return torch.full((0 if ball is None else len(ball.rows.weight), 2), math.inf, dtype=torch.float64)
+def _guards(ball: Stretches | None) -> Tensor:
+    """Room for ``struct guard`` of each row or piece, nothing known yet: a Frobenius ball may have fewer of these."""
+    count = 0 if ball is None else len(ball.weight) * math.ceil(ball.weight.shape[1] / _PIECE)
+    return torch.full((count, 2), math.inf, dtype=torch.float64)
 
 
-def _block(parameter: Tensor, ball: Held | None) -> Block:
+def _block(parameter: Tensor, ball: Stretches | None) -> Block:
     if ball is not None:
-        return Block.of(ball.rows)
+        return Block.of(ball)
     size = parameter.numel()
     return Block(w=parameter.data_ptr(), rows=1, columns=size, w_step=size, c_type=_ZERO)
 
 
 @functools.cache
-def _function() -> "ctypes._CFuncPtr":
+def _function() -> Any:
     function = library.load().tethertune_step
     function.restype = ctypes.c_int64
-    tables = [ctypes.POINTER(Rule), ctypes.POINTER(Block), ctypes.POINTER(_State), ctypes.POINTER(ctypes.c_uint64)]
+    tables: list[Any] = [
+        ctypes.POINTER(Rule),
+        ctypes.POINTER(Block),
+        ctypes.POINTER(_State),
+        ctypes.POINTER(ctypes.c_uint64),
+    ]
     function.argtypes = [*tables, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
     return function

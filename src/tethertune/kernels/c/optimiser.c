@@ -8,6 +8,8 @@
 #include "ball.h"
 #include "parallel.h"
 
+int64_t tethertune_frobenius(struct block *blocks, int64_t count, int threads); /* project.c */
+
 enum { ADAM, ADAMW, SGD }; /* kernels/one_pass.py has the same structs, optim.py the same numbers */
 
 /* The options of a parameter group. */
@@ -27,7 +29,7 @@ struct guard {
 /* What belongs to the weights of a block. Adam: averages of gradients and of squares, the largest of these (AMSGrad) and
  * the number of steps, counted here. SGD: momentum in `first`. A block without a radius is only updated. */
 struct state {
-    struct guard *guards; /* of each row, at first all INFINITY; for a Frobenius ball none */
+    struct guard *guards; /* of each row, or of each piece of a Frobenius ball; at first all INFINITY */
     float *first, *second, *largest, *steps;
     int64_t fresh; /* SGD: the momentum holds nothing yet */
 };
@@ -52,7 +54,8 @@ struct work {
     const struct state *states;
     const float *const *grads;
     const struct pace *paces;
-    double **sums; /* of the pieces of each layer with a Frobenius ball; NULL: balls of rows, or none */
+    double **sums;        /* of the pieces of each layer with a Frobenius ball; NULL: balls of rows, or none */
+    const char *guarded; /* which of these layers are known in all their pieces */
 };
 
 /* -------------------------------------------------------------------------------------------------------- updates */
@@ -246,7 +249,8 @@ static int update_row(const struct work *work, int64_t i, int64_t row, double le
         distance = update_part(work, i, row * n, c, n, block->c_type, 1, NULL);
     }
     int found = SETTLE[block->c_type](w, c, n, radius, least, distance);
-    guard->reach = found == INSIDE && distance <= LOOSE * radius ? distance * (1 + 2 * ERROR) : INFINITY;
+    int loose = found == INSIDE && distance <= LOOSE * radius && radius > SMALLEST;
+    guard->reach = loose ? distance * (1 + 2 * ERROR) : INFINITY;
     if (!guarded && guard->reach < INFINITY) guard->print = print_of_row(w, n);
     return found;
 }
@@ -260,17 +264,73 @@ static void update_rows(const struct work *work, int64_t i, int64_t first, int64
     __atomic_fetch_add(&block->broken, found[BROKEN], __ATOMIC_RELAXED);
 }
 
+/* The first element of piece k of a block, its length and its centre. */
+static int64_t piece(const struct block *block, int64_t k, int64_t *n, const void **c) {
+    int64_t in_row = (block->columns + PIECE - 1) / PIECE, row = k / in_row, start = k % in_row * PIECE;
+    *n = block->columns - start < PIECE ? block->columns - start : PIECE;
+    *c = centre_at(block, row, start);
+    return row * block->columns + start;
+}
+
+/* Whether all of a layer with a Frobenius ball is known. */
+static int is_guarded(const struct state *state) { return state->guards && state->guards->reach < INFINITY; }
+
+/* Update a piece of such a layer; the square of how far it can be from its centre then. Squares below the smallest
+ * float32 are lost, at most n 2^-124 of them. */
+static double guarded_square(const struct work *work, int64_t i, int64_t start, int64_t n, int64_t k) {
+    struct guard *guard = work->states[i].guards + k;
+    struct prints prints;
+    double moved = sqrt(update_part(work, i, start, NULL, n, TRACK, 2, &prints)) * (1 + ERROR) + sqrt(n) * 0x1p-62;
+    if (prints.before == guard->print) {
+        guard->reach += moved;
+    } else {
+        guard->reach = INFINITY; /* what others have written has to be measured, once all pieces are updated */
+    }
+    guard->print = prints.after;
+    return guard->reach * guard->reach;
+}
+
 /* Pieces of a Frobenius ball, or of no ball. */
 static void update_pieces(const struct work *work, int64_t i, int64_t first, int64_t last) {
     const struct block *block = work->blocks + i;
-    int64_t in_row = (block->columns + PIECE - 1) / PIECE;
+    int guarded = work->guarded && work->guarded[i];
     for (int64_t k = first; k < last; k++) {
-        int64_t row = k / in_row, start = k % in_row * PIECE;
-        int64_t n = block->columns - start < PIECE ? block->columns - start : PIECE;
-        const void *c = centre_at(block, row, start);
-        double sum = update_part(work, i, row * block->columns + start, c, n, block->c_type, 2, NULL);
+        int64_t n;
+        const void *c;
+        int64_t start = piece(block, k, &n, &c);
+        double sum = guarded ? guarded_square(work, i, start, n, k)
+                             : update_part(work, i, start, c, n, block->c_type, 2, NULL);
         if (work->sums) work->sums[i][k] = sum;
     }
+}
+
+/* What is known of a layer that has been updated and measured. */
+static void guard_layer(const struct block *block, struct guard *guards, const double *sums, double distance) {
+    int loose = !block->outside && !block->broken && distance <= LOOSE * block->radius[0] && block->radius[0] > SMALLEST;
+    for (int64_t k = 0; k < pieces_of(block); k++) {
+        int64_t n;
+        const void *c;
+        int64_t start = piece(block, k, &n, &c);
+        guards[k].reach = loose ? sqrt(sums[k]) * (1 + ERROR) + sqrt(n) * 0x1p-62 : INFINITY;
+        if (loose) guards[k].print = print_of_row((const float *)block->w + start, n);
+    }
+}
+
+/* Bring an updated layer inside; returns 1 if it is not finite, -1 without memory. */
+static int64_t settle_layer(const struct work *work, int64_t i, int threads) {
+    struct block *block = work->blocks + i;
+    struct guard *guards = work->states[i].guards;
+    double total = 0;
+    for (int64_t k = 0; k < pieces_of(block); k++) total += work->sums[i][k];
+    double distance = sqrt(total);
+    if (!work->guarded[i]) {
+        int64_t broken = settle_frobenius(block, 1, work->sums[i], threads);
+        guard_layer(block, guards, work->sums[i], distance);
+        return broken;
+    }
+    if (distance <= block->radius[0] * (1 - ERROR)) return 0;
+    guards->reach = INFINITY;
+    return tethertune_frobenius(block, 1, threads);
 }
 
 /* ------------------------------------------------------------------------------------------------------ all blocks */
@@ -292,7 +352,7 @@ static void units_of_block(void *context, int64_t i, int64_t *units, int64_t *by
 static void run(const struct work *work, int64_t start, int64_t count, int threads) {
     struct work part = *work;
     part.blocks += start, part.states += start, part.grads += start, part.paces += start;
-    if (work->sums) part.sums += start;
+    if (work->sums) part.sums += start, part.guarded += start;
     run_parallel(&part, update_some, units_of_block, count, threads);
 }
 
@@ -303,23 +363,29 @@ static int64_t run_layers(struct work *work, int64_t count, int threads) {
     int64_t pieces = 0, broken = 0;
     for (int64_t i = 0; i < count; i++) pieces += pieces_of(work->blocks + i);
     double *sums = malloc((size_t)(pieces + 1) * sizeof *sums);
+    char *guarded = malloc((size_t)(count + 1));
     work->sums = malloc((size_t)(count + 1) * sizeof *work->sums);
-    if (!sums || !work->sums) broken = -1;
+    work->guarded = guarded;
+    if (!sums || !work->sums || !guarded) broken = -1;
     for (int64_t start = 0, end; broken >= 0 && start < count; start = end) {
         int64_t size = 0;
         double *next = sums;
         for (end = start; end < count && size < (int64_t)GROUP * threads; end++) {
             work->sums[end] = next;
+            guarded[end] = is_guarded(work->states + end);
             next += pieces_of(work->blocks + end);
             size += work->blocks[end].rows * work->blocks[end].columns;
         }
         run(work, start, end - start, threads);
-        int64_t found = settle_frobenius(work->blocks + start, end - start, sums, threads);
-        broken = found < 0 ? found : broken + found;
+        for (int64_t i = start; broken >= 0 && i < end; i++) {
+            int64_t found = settle_layer(work, i, threads);
+            broken = found < 0 ? found : broken + found;
+        }
     }
+    free(guarded);
     free(work->sums);
     free(sums);
-    work->sums = NULL;
+    work->sums = NULL, work->guarded = NULL;
     return broken;
 }
 
@@ -339,7 +405,7 @@ int64_t tethertune_step(
         last = steps;
         blocks[i].outside = blocks[i].broken = 0;
     }
-    struct work work = {rule, blocks, states, grads, paces, NULL};
+    struct work work = {rule, blocks, states, grads, paces, NULL, NULL};
     int64_t broken = run_layers(&work, layers, threads);
     if (broken >= 0) {
         run(&work, layers, count - layers, threads);
