@@ -23,6 +23,7 @@
 #define SMALLEST 1e-15 /* a distance whose square float32 still holds with all its digits */
 
 enum { LANES = 16, FLUSH = 2048 }; /* 2048 / 16: at most 128 additions a lane, then on to double */
+enum { PART = 4 * LANES };         /* what a measure adds up in float32 */
 enum { PIECE = 1 << 15 };          /* elements of a row of a Frobenius ball that have a sum of their own */
 enum { F32, BF16, F16, ZERO };     /* types; ZERO for a centre that is 0 */
 enum { INSIDE, CHANGED, BROKEN };  /* what has been found of a row */
