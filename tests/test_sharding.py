@@ -1,24 +1,29 @@
-"""DDP and FSDP2 in two real processes on gloo. This file is also the program that they run, once for all tests."""
+"""DDP, FSDP2 and others in two and three real processes on gloo, which run this file once for all tests.
+
+What needs no second count of ranks is checked on two alone.
+"""
 
 import copy
+import gc
 import json
 import subprocess
 import sys
 import traceback
+import weakref
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
 
 import tethertune as tt
 from tethertune import norms, rows
-from tethertune.errors import ConfigurationError
+from tethertune.errors import ConfigurationError, NonFiniteWeightError
 from tethertune.sharding import full, is_sharded, local, reduce_over_shards, shard_like
 
-RANKS = 2
 STEPS = 5
 RADIUS, HEAD_RADIUS = 0.05, 0.2
 
@@ -99,7 +104,7 @@ def collectives(constraint):
     return counter.get_total_counts()
 
 
-def inside(model, norm):
+def inside(model, norm, at_least=2):
     """The promise, from the whole weights in float64, without the constraint's own measure."""
     start = network(next(model.parameters()).dtype)
     shares = []
@@ -110,7 +115,7 @@ def inside(model, norm):
             distance = norms.mars(T) if norm == "mars" else norms.frobenius(T)
             shares.append(float(distance) / (HEAD_RADIUS if layer.role == "head" else RADIUS))
     assert max(shares) <= 1
-    assert sum(share > 0.99 for share in shares) >= 2, "nothing was outside, so nothing was tested"
+    assert sum(share > 0.99 for share in shares) >= at_least, "nothing was outside, so nothing was tested"
 
 
 def same_distances(one, other):
@@ -130,8 +135,9 @@ def same_distances(one, other):
 
 def check_shards_are_uneven():
     model = fully_sharded(network())
-    assert len(local(model[3].weight)) == (4, 3)[dist.get_rank()]
-    assert len(local(model[5].weight)) == (1, 0)[dist.get_rank()]
+    rank = dist.get_rank()
+    assert len(local(model[3].weight)) == {2: (4, 3), 3: (3, 3, 1)}[dist.get_world_size()][rank]
+    assert len(local(model[5].weight)) == (1, 0, 0)[rank]
 
 
 def check_ddp_replicas_stay_equal_and_inside():
@@ -148,9 +154,9 @@ def check_ddp_replicas_stay_equal_and_inside():
             model(x).square().sum().backward()
             optimizer.step()
         for parameter in model.parameters():
-            copies = [torch.empty_like(parameter) for _ in range(RANKS)]
+            copies = [torch.empty_like(parameter) for _ in range(dist.get_world_size())]
             dist.all_gather(copies, parameter.detach())
-            assert torch.equal(bits(copies[0]), bits(copies[1]))
+            assert all(torch.equal(bits(copies[0]), bits(other)) for other in copies[1:])
         assert all(d.value <= d.radius for d in constraint.distances().values())
         assert any(d.active_rows for d in constraint.distances().values())
     torch.set_num_threads(1)
@@ -218,15 +224,17 @@ def check_fsdp_with_a_reference_in_bfloat16():
 
 def check_split_rows_are_refused_in_the_mars_norm_alone():
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
 
-    for make in (
-        lambda: Conv1D(8, 6),
-        lambda: nn.ConvTranspose2d(4, 6, 3),
-        lambda: nn.ConvTranspose1d(4, 6, 3, groups=2),
+    for make, options in (
+        (lambda: Conv1D(8, 6), {}),
+        (lambda: nn.ConvTranspose2d(4, 6, 3), {}),
+        (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2), {}),
+        (lambda: nn.Linear(8, 6, bias=False), {"shard_placement_fn": lambda _: Shard(1)}),
     ):
         torch.manual_seed(0)
         whole = make()
-        model = fully_shard(copy.deepcopy(whole))
+        model = fully_shard(copy.deepcopy(whole), **options)
         constraint = tt.Constraint(model, radius=0.5)
         with pytest.raises(ConfigurationError, match=r"weight is sharded as .*, which spreads its rows"):
             constraint.project()
@@ -262,18 +270,209 @@ def check_shard_like_takes_whole_and_sharded_tensors():
     assert shard_like(network()[5].weight, model[5].weight).shape == (1 - dist.get_rank(), 7)
 
 
+def weakly(tensors):
+    """Storages that nobody must keep, by weak references."""
+    return [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
+
+
+def private(constraint):
+    return constraint.memory().reference
+
+
+def own_bytes(model):
+    return sum(local(model[i].weight).numel() * 4 for i in (0, 3))
+
+
+def check_a_reference_of_any_origin_is_sharded_like_the_weights():
+    """Private memory is this rank's part alone; of a file it is nothing, and only this rank's pages are touched."""
+    whole = network()
+    for origin in ("snapshot before", "snapshot after", "state dict", "file"):
+        model = network()
+        source = {"state dict": whole.state_dict(), "file": Path(sys.argv[2], "start.safetensors")}.get(origin)
+        constraint = constrained(model) if origin == "snapshot before" else None
+        if constraint is not None:
+            kept = [constraint._reference.stored(name) for name in ("0.weight", "3.weight")]
+            gone = weakly(kept)
+            assert private(constraint) == sum(t.numel() * 4 for t in kept)
+            del kept
+            gc.collect()
+            assert None not in [of() for of in gone]
+        model = fully_sharded(model)
+        constraint = constraint or constrained(model, reference=source)
+        constraint.project()
+        assert private(constraint) == (0 if origin == "file" else own_bytes(model)), origin
+        for i in (0, 3):
+            beside = constraint._reference.beside(constraint._balls[i // 3].layer)
+            assert torch.equal(beside, local(model[i].weight.detach()))
+            if origin == "file":
+                assert beside.data_ptr() != local(model[i].weight).data_ptr()
+                assert constraint.memory().mapped == sum(model[i].weight.numel() * 4 for i in (0, 3))
+        if origin == "snapshot before":
+            gc.collect()
+            assert [of() for of in gone] == [None, None], "the whole reference is still alive"
+        assert constraint.state_dict() == constrained(whole).state_dict()
+
+
+def check_mixed_precision_keeps_its_sharded_float32_masters_inside():
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    for norm in ("mars", "frobenius"):
+        model = network()
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        fully_shard(model[1])  # batch norm stays in float32
+        for layer in (model[0], model[3], model[5]):
+            fully_shard(layer, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        constraint = constrained(model, norm)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+        constraint.attach(optimizer)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            x = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(step))
+            model(x).square().sum().backward()
+            optimizer.step()
+            assert local(model[3].weight).dtype == torch.float32
+            inside(model, norm, at_least=0 if step == 0 else 2)
+
+
+def check_resuming_on_another_number_of_ranks():
+    """Begun on some of the ranks, gone on with on all of them: bit for bit what one process would have done."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    folder, few = Path(sys.argv[2]), dist.get_world_size() - 1
+    alone = network()
+    plain = constrained(alone)
+    train(alone, plain)
+    mesh = init_device_mesh("cpu", (few, 1) if few > 1 else (1, 1), mesh_dim_names=("shard", "one"))["shard"]
+    if dist.get_rank() < few:
+        model = network()
+        for layer in (model[0], model[1], model[3], model[5]):
+            fully_shard(layer, mesh=mesh)
+        constraint = constrained(fully_shard(model, mesh=mesh))
+        train(model, constraint)
+        saved = {"model": {n: full(p).detach() for n, p in model.state_dict().items()}, "ball": constraint.state_dict()}
+        if dist.get_rank() == 0:
+            torch.save(saved, folder / "checkpoint.pt")
+    dist.barrier()
+    saved = torch.load(folder / "checkpoint.pt")
+    model = network()
+    model.load_state_dict(saved["model"])
+    model = fully_sharded(model)
+    constraint = tt.Constraint(model, radius=9.0, head="5", reference=folder / "start.safetensors")
+    constraint.load_state_dict(saved["ball"])
+    same_distances(plain.distances(), constraint.distances())
+    train(alone, plain)
+    train(model, constraint)
+    for one, other in zip(alone.parameters(), model.parameters(), strict=True):
+        assert torch.equal(bits(one.detach()), bits(full(other).detach()))
+    inside(model, "mars")
+
+
+def check_a_broken_row_hangs_nobody():
+    for norm in ("mars", "frobenius"):
+        model = fully_sharded(network())
+        constraint = constrained(model, norm)
+        if dist.get_rank() == 1:
+            with torch.no_grad():
+                local(model[3].weight)[1, 0] = float("nan")
+        here, everywhere = r"Row 1 of 3\.weight \(of this rank's part, rank 1\)", "A row on another rank holds a NaN"
+        if dist.get_rank() == 1 or norm == "frobenius":
+            with pytest.raises(NonFiniteWeightError, match=here if dist.get_rank() == 1 else everywhere):
+                constraint.project()
+        else:
+            constraint.project()
+        constraint._count_broken(int(dist.get_rank() == 1), torch.device("cpu"))
+        with pytest.raises(NonFiniteWeightError, match=here if dist.get_rank() == 1 else everywhere):
+            constraint.distances()
+
+
+def check_the_redundancy_free_optimizer():
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    for norm in ("mars", "frobenius"):
+        model = network()
+        constraint = constrained(model, norm)
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.05)
+        constraint.attach(optimizer)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            model(torch.ones(4, 3, 2, 2)).square().sum().backward()
+            optimizer.step()
+            inside(model, norm)
+        for parameter in model.parameters():
+            copies = [torch.empty_like(parameter) for _ in range(dist.get_world_size())]
+            dist.all_gather(copies, parameter.detach())
+            assert all(torch.equal(bits(copies[0]), bits(other)) for other in copies[1:])
+
+
+def check_an_optimizer_in_the_backward_pass_of_sharded_weights():
+    model = fully_sharded(network())
+    constraint = constrained(model)
+    optimizers = {parameter: torch.optim.Adam([parameter], lr=0.05) for parameter in model.parameters()}
+    constraint.attach(*optimizers.values())
+    for parameter, optimizer in optimizers.items():
+        parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+    for step in range(STEPS):
+        model(torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        inside(model, "mars")
+        for parameter in model.parameters():
+            parameter.grad = None
+
+
+def check_tensor_parallelism_is_right_or_refused():
+    """Columns of a layer over ranks, rows of the next; alone, and under FSDP2, which shards the shards."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    for shape in ((1, 2), (2, 1)):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
+        for norm in ("mars", "frobenius"):
+            torch.manual_seed(0)
+            whole = nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 7))
+            model = parallelize_module(
+                copy.deepcopy(whole), mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            )
+            for layer in (model[0], model[2]):
+                fully_shard(layer, mesh=mesh["data"])
+            if norm == "mars":
+                with pytest.raises(ConfigurationError, match=r"2\.weight is sharded as .*, which spreads its rows"):
+                    tt.Constraint(model, radius=0.5, reference=whole).project()
+            options = {"exclude": ["2"]} if norm == "mars" else {}
+            constraint = tt.Constraint(model, norm=norm, radius=0.5, reference=whole.state_dict(), **options)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    local(parameter).add_(1.0)
+            constraint.project()
+            for i in (0,) if norm == "mars" else (0, 2):
+                T = full(model[i].weight).detach().double() - whole[i].weight.detach().double()
+                distance = norms.mars(T) if norm == "mars" else norms.frobenius(T)
+                assert 0.5 * (1 - 1e-4) < distance <= 0.5
+            assert constraint.state_dict() == tt.Constraint(whole, norm=norm, radius=0.5, **options).state_dict()
+
+
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
+ON_THREE = [
+    "shards_are_uneven",
+    "ddp_replicas_stay_equal_and_inside",
+    "fsdp_mars_is_bit_for_bit_the_single_process",
+    "fsdp_frobenius_is_inside_with_one_reduction_for_all_layers",
+    "a_reference_of_any_origin_is_sharded_like_the_weights",
+    "resuming_on_another_number_of_ranks",
+]
+CASES = [(2, name) for name in CHECKS] + [(3, name) for name in ON_THREE]
 
 
-def run(rank, folder):
+def run(rank, folder, ranks):
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
     )
     faults = {}
-    for name, check in CHECKS.items():
+    for name in CHECKS if ranks == 2 else ON_THREE:
         try:
-            check()
+            CHECKS[name]()
             faults[name] = ""
         except Exception:  # noqa: BLE001
             faults[name] = traceback.format_exc()
@@ -287,22 +486,31 @@ def run(rank, folder):
 
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory):
-    """By check, what went wrong on each rank."""
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-W", "ignore", __file__]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE, text=True) for rank in range(RANKS)
-    ]
-    errors = [process.communicate(timeout=600)[1] for process in processes]
-    found = [folder / f"{rank}.json" for rank in range(RANKS)]
-    assert all(path.exists() for path in found), "\n".join(errors)
-    return [json.loads(path.read_text()) for path in found]
+    """By number of ranks, what went wrong on each rank, by check."""
+    found = {}
+
+    def on(ranks):
+        if ranks not in found:
+            folder = tmp_path_factory.mktemp(f"{ranks}-ranks")
+            save_file(network().state_dict(), folder / "start.safetensors")
+            command = [sys.executable, "-W", "ignore", __file__]
+            processes = [
+                subprocess.Popen([*command, str(rank), str(folder), str(ranks)], stderr=subprocess.PIPE, text=True)
+                for rank in range(ranks)
+            ]
+            errors = [process.communicate(timeout=600)[1] for process in processes]
+            files = [folder / f"{rank}.json" for rank in range(ranks)]
+            assert all(path.exists() for path in files), "\n".join(errors)
+            found[ranks] = [json.loads(path.read_text()) for path in files]
+        return found[ranks]
+
+    return on
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CHECKS)
-def test_on_two_ranks(name, faults):
-    for rank, of_rank in enumerate(faults):
+@pytest.mark.parametrize(("ranks", "name"), CASES)
+def test_on_ranks(ranks, name, faults):
+    for rank, of_rank in enumerate(faults(ranks)):
         assert of_rank.get(name, "was not reached") == "", f"rank {rank}: {of_rank.get(name, 'was not reached')}"
 
 
@@ -314,4 +522,4 @@ def test_a_tensor_that_is_not_sharded_is_itself():
 
 
 if __name__ == "__main__":
-    run(int(sys.argv[1]), sys.argv[2])
+    run(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
