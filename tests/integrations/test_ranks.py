@@ -1,4 +1,4 @@
-"""The Trainer with DDP and FSDP2, and sharded adapters, on two gloo ranks. This file is also the program they run."""
+"""The Trainers with DDP and FSDP2, and sharded adapters, on two gloo ranks. This file is also the program they run."""
 
 import json
 import os
@@ -10,25 +10,31 @@ from pathlib import Path
 import pytest
 import torch
 
-CHECKS = ["ddp", "fsdp", "sharded_adapters", "loaded_on_the_first_rank_alone"]
+CHECKS = {
+    "transformers": ["ddp", "fsdp", "sharded_adapters", "loaded_on_the_first_rank_alone"],
+    "lightning": ["ddp", "model_parallel"],
+}
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """What each rank found in each check; transformers is imported once, before the ranks part."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-W", "ignore", __file__, str(folder)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500)
-    found = [folder / f"rank-{rank}.json" for rank in range(2)]
-    assert all(path.exists() for path in found), result.stdout + result.stderr
-    return [json.loads(path.read_text()) for path in found]
+    """What each rank found in each check; each package is imported once, before the ranks part."""
+    found = {}
+    for package in CHECKS:
+        folder = tmp_path_factory.mktemp(package)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, "-W", "ignore", __file__, package, str(folder)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500)
+        files = [folder / f"rank-{rank}.json" for rank in range(2)]
+        assert all(file.exists() for file in files), result.stdout + result.stderr
+        found[package] = [json.loads(file.read_text()) for file in files]
+    return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", CHECKS)
-def test_on_two_ranks(check, outcomes):
-    for rank, outcome in enumerate(outcomes):
+@pytest.mark.parametrize(("package", "check"), [(package, check) for package in CHECKS for check in CHECKS[package]])
+def test_on_two_ranks(package, check, outcomes):
+    for rank, outcome in enumerate(outcomes[package]):
         assert outcome[check] == "passed", f"rank {rank}: {outcome[check]}"
 
 
@@ -36,10 +42,25 @@ def test_on_two_ranks(check, outcomes):
 
 
 class Program:
-    """The checks, on one of the ranks."""
+    """Checks, on one of the ranks."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
+
+    def run(self, rank, checks):
+        outcome = dict.fromkeys(checks, "not reached")
+        for check in checks:
+            try:
+                getattr(self, check)()
+                outcome[check] = "passed"
+            except Exception:  # noqa: BLE001 - whatever it is, the test shows it
+                outcome[check] = traceback.format_exc()
+                break
+        (self.folder / f"rank-{rank}.json").write_text(json.dumps(outcome))
+
+
+class Transformers(Program):
+    """Those of transformers' Trainer, and of peft."""
 
     def trainer(self, output, tether, *, sharded, model=None, **fsdp):
         """A Trainer of a tiny BERT, of which every rank sees other batches."""
@@ -223,36 +244,118 @@ class Program:
         save_file(self.network().state_dict(), file)
         assert trained("resumed", checkpoint, reference=file) == distances
 
-    def run(self, rank):
-        outcome = {}
-        for check in CHECKS:
-            try:
-                getattr(self, check)()
-                outcome[check] = "passed"
-            except Exception:  # noqa: BLE001 - whatever it is, the test shows it
-                outcome[check] = traceback.format_exc()
-                break
-        outcome |= {check: "not reached" for check in CHECKS if check not in outcome}
-        (self.folder / f"rank-{rank}.json").write_text(json.dumps(outcome))
+
+class Lightning(Program):
+    """Those of Lightning's Trainer."""
+
+    def ddp(self):
+        from lightning.pytorch.strategies import DDPStrategy
+
+        self.train_and_resume("ddp", DDPStrategy, sharded=False)
+
+    def model_parallel(self):
+        from lightning.pytorch.strategies import ModelParallelStrategy
+
+        self.train_and_resume("model_parallel", ModelParallelStrategy, sharded=True)
+
+    def module_class(self, *, sharded):
+        import lightning
+        from torch import nn
+
+        from tethertune import norms
+        from tethertune.sharding import full, is_sharded
+
+        def network():
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3))
+
+        start = network().state_dict()
+
+        class Module(lightning.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.network, self.shares = network(), []
+
+            def configure_model(self):
+                if sharded and not is_sharded(self.network[0].weight):
+                    from torch.distributed.fsdp import fully_shard
+
+                    for part in (self.network[0], self.network[2], self.network):
+                        fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+            def training_step(self, batch, _):
+                for layer in ("0.weight", "2.weight"):
+                    weight = full(self.network.get_parameter(layer).detach()).double()
+                    self.shares.append(float(norms.mars(weight - start[layer].double())) / 0.1)
+                return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+
+            def configure_optimizers(self):
+                return torch.optim.Adam(self.parameters(), lr=0.05)
+
+        return Module
+
+    def train_and_resume(self, name, strategy, *, sharded):
+        import lightning
+
+        from tethertune.integrations.lightning import ConstraintCallback
+        from tethertune.sharding import full, is_sharded
+
+        Module = self.module_class(sharded=sharded)
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(64, 6, generator=generator)
+        data = torch.utils.data.TensorDataset(x, torch.randint(0, 3, (64,), generator=generator))
+
+        def fitted(part, checkpoint=None):
+            module, tether = Module(), ConstraintCallback(radius=0.1)
+            trainer = lightning.Trainer(
+                default_root_dir=self.folder / name / part,
+                accelerator="cpu",
+                devices=2,
+                strategy=strategy(process_group_backend="gloo"),
+                max_epochs=2,
+                callbacks=[tether, lightning.pytorch.callbacks.ModelCheckpoint(save_top_k=-1)],
+                logger=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                log_every_n_steps=1,
+            )
+            trainer.fit(module, torch.utils.data.DataLoader(data, 8), ckpt_path=checkpoint)
+            assert is_sharded(module.network[0].weight) == sharded
+            assert 0.99 < max(module.shares) <= 1, module.shares
+            assert trainer.logged_metrics["tether/largest_share"] > 0.99
+            weights = {name: full(p.detach()).clone() for name, p in module.named_parameters()}
+            for name_, weight in weights.items():
+                others = [torch.empty_like(weight) for _ in range(2)]
+                torch.distributed.all_gather(others, weight)
+                assert torch.equal(*others), f"{name_} differs between the ranks"
+            return weights, tether.constraint.distances()
+
+        weights, distances = fitted("whole")
+        checkpoint = next((self.folder / name / "whole").rglob("epoch=0-*.ckpt"))
+        resumed, as_far = fitted("resumed", checkpoint)
+        assert all(torch.equal(weights[key], resumed[key]) for key in weights)
+        assert distances == as_far
 
 
-def main(folder):
+def main(package, folder):
     import socket
+    from importlib import import_module
 
-    import peft  # noqa: F401
-    import transformers  # noqa: F401 - before the ranks part, so that it is imported once
-
+    for name in {"transformers": ["transformers", "peft"], "lightning": ["lightning"]}[package]:
+        import_module(name)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    program = {"transformers": Transformers, "lightning": Lightning}[package](folder)
     ranks = []
     for rank in range(2):
         child = os.fork()
         if child == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            os.environ |= {"RANK": str(rank)} if package == "transformers" else {"NODE_RANK": "0"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             torch.set_num_threads(1)
-            Program(folder).run(rank)
+            program.run(rank, CHECKS[package])
             os._exit(0)
         ranks.append(child)
     for child in ranks:
@@ -260,4 +363,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
