@@ -401,6 +401,46 @@ class TestAttach:
         constraint.attach(torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1))
         assert true_distances(net, before, "mars", head="-")["stem.weight"] <= 0.5
 
+    def test_each_optimizer_projects_what_it_trains_and_nothing_else(self, net):
+        constraint = tt.Constraint(net, radius=0.1)
+        body = torch.optim.SGD([p for n, p in net.named_parameters() if not n.startswith("fc")], lr=0.1)
+        head = torch.optim.Adam(net.fc.parameters(), lr=0.1)
+        constraint.attach(body, head)
+        for step, inside, outside in ((head, "fc", "stem"), (body, "stem", "fc")):
+            with torch.no_grad():
+                net.stem.weight += 1.0
+                net.fc.weight += 1.0
+            step.step()
+            distances = constraint.distances()
+            assert distances[f"{inside}.weight"].value <= 0.1 < distances[f"{outside}.weight"].value
+        body.add_param_group({"params": [head.param_groups[0]["params"].pop(0)]})
+        body.step()
+        assert constraint.distances()["fc.weight"].value <= 0.1
+
+    @pytest.mark.parametrize("norm", ["mars", "frobenius"])
+    @pytest.mark.parametrize("kind", [torch.optim.Adam, tt.optim.Adam])
+    def test_optimizers_in_the_backward_pass(self, net, norm, kind):
+        before = snapshot(net)
+        constraint = tt.Constraint(net, norm=norm, radius=0.1)
+        optimizers = [kind([parameter], lr=0.05) for parameter in net.parameters()]
+        constraint.attach(*optimizers)
+
+        def stepping(optimizer):
+            def step(parameter):
+                optimizer.step()
+                parameter.grad = None
+
+            return step
+
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["params"][0].register_post_accumulate_grad_hook(stepping(optimizer))
+        for _ in range(3):
+            net(torch.randn(4, 3, 8, 8)).square().sum().backward()
+            assert max(true_distances(net, before, norm, head="-").values()) <= 0.1
+        assert any(d.active_rows for d in constraint.distances().values())
+        planned = [len(balls) for (key, *_), (_, balls) in constraint._plans.items() if key != id(None)]
+        assert max(planned) == 1, "every step would look at every layer"
+
     def test_a_parameter_replaced_after_attaching_is_still_constrained(self, net):
         before = snapshot(net)
         constraint = tt.Constraint(net, radius=0.5)
