@@ -549,6 +549,9 @@ def compare(
         written = comparing.run(wanted)
         show(comparing.folders(wanted))
         _say(f"\nThe report, with curves and what each layer did: {written}")
+        lost = comparing.lost(wanted)
+        if lost:
+            raise NonFiniteWeightError("\n".join(lost))
 
 
 @app.command

@@ -145,6 +145,26 @@ def test_a_run_that_diverges_is_told_and_not_made_again(made, capfd):
     assert (run.path / "run.json").stat().st_mtime_ns == before
 
 
+def test_a_cell_whose_every_trial_diverges_stops_no_other(made, tethertune):
+    comparison, path = made(
+        'methods = ["none", "l2-pgm"]\nseeds = 1\nretrain_on = "train"\n[search]\ntrials = 2\nstartup = 2\n'
+        "[values]\nnone = { lr = 0.001 }\n[sweeps]\nstrengths = [0.1]\n"
+    )
+    path.write_text(path.read_text() + 'lr = 1e38\noptimizer = "sgd"\n')
+    code, out, err = tethertune("compare", path)
+    (run,) = runs.find([comparison.output / "runs"])
+    assert (run.info["config"]["method"], run.complete) == ("none", True)
+    (told,) = compare.lost(comparison_file.load(path))
+    assert told.startswith("tiny colours l2-pgm: No trial of study ")
+    assert "2 of 2 diverged. Search lower learning rates" in told
+    assert code == 1
+    assert err.endswith(f"\n{told}\n")
+    assert "every trial diverged" in out
+    assert "Without a result, because every trial of its search diverged: l2-pgm." in " ".join(out.split())
+    assert "every trial diverged" in (comparison.output / "report.html").read_text()
+    assert tethertune("compare", path)[2] == f"{told}\n"  # nothing is made again
+
+
 @pytest.mark.parametrize("executor", ["local", "processes"])
 def test_after_an_error_no_more_runs_begin(made, executor, monkeypatch):
     began = []

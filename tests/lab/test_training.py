@@ -341,6 +341,7 @@ def test_the_gradient_over_all_images_is_measured_at_every_evaluation(tiny, meth
     first, last = run.metrics
     assert "data_gradient" not in first
     assert last["data_gradient"] > 0
+    assert last["test_accuracy"] == run.info["outcome"]["test_accuracy"]
     penalised = METHODS[method].kind in ("penalty", "features")
     assert (last["penalty_gradient"] > 0) == penalised
     total, parts = last["full_gradient"], (last["data_gradient"], last["penalty_gradient"])

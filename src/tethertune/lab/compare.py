@@ -23,7 +23,7 @@ from tethertune.lab.runs import Run, RunFolder, load
 if TYPE_CHECKING:
     from tethertune.lab.search import Search
 
-__all__ = ["folders", "plan", "run"]
+__all__ = ["folders", "lost", "plan", "run"]
 
 _POLL = 1.0
 """Seconds between looks at a run that another process makes."""
@@ -54,15 +54,16 @@ class _Course:
 
 def plan(comparison: Comparison) -> list[Plan]:
     """How many trials, runs and runs of curves each cell has."""
-    return [
-        Plan(
-            cell=cell,
-            trial=comparison.trials(cell),
-            run=len(comparison.seeds) * max(1, len(cell.given)),
-            sweep=len(comparison.swept(cell, {})) * max(1, len(cell.given)),
-        )
-        for cell in comparison.cells
-    ]
+    return [_planned(comparison, cell) for cell in comparison.cells]
+
+
+def _planned(comparison: Comparison, cell: Cell) -> Plan:
+    return Plan(
+        cell=cell,
+        trial=comparison.trials(cell),
+        run=len(comparison.seeds) * max(1, len(cell.given)),
+        sweep=len(comparison.swept(cell, {})) * max(1, len(cell.given)),
+    )
 
 
 def run(comparison: Comparison, *, quiet: bool = False) -> Path:
@@ -76,7 +77,7 @@ def run(comparison: Comparison, *, quiet: bool = False) -> Path:
         The report.
 
     Raises:
-        TethertuneError: What a run raises, but for one that diverges: that is told in the report.
+        TethertuneError: What a run raises, but for one that diverges: that is told in the report, and by :func:`lost`.
     """
     from tethertune.lab.report import write
 
@@ -103,6 +104,15 @@ def folders(comparison: Comparison) -> list[Path]:
         for config in (*comparison.final(cell, values), *(config for config, _ in comparison.swept(cell, values)))
     ]
     return [path for path in (*planned, comparison.output / "trials") if path.exists()]
+
+
+def lost(comparison: Comparison) -> list[str]:
+    """What to tell of the cells that are without a result because every trial of their search diverged."""
+    return [
+        f"{cell.name}: {error}"
+        for cell in comparison.cells
+        if comparison.trials(cell) and (error := _divergence(_search(comparison, cell)))
+    ]
 
 
 def _make(comparison: Comparison, submit: Callable[..., "Future[str | None]"], workers: int, view: View) -> None:
@@ -147,6 +157,8 @@ def _course(comparison: Comparison, cell: Cell, view: View) -> Iterator[list[_Jo
         ("run", [(config, None) for values in choices for config in comparison.final(cell, values)]),
         ("sweep", [run for values in choices for run in comparison.swept(cell, values)]),
     ):
+        if not choices:
+            view.skip(cell, kind, getattr(_planned(comparison, cell), kind))
         calls = [
             partial(_finish, config, part, back if kind == "run" and back and config.seed in back.scope.seeds else None)
             for config, part in runs
@@ -157,11 +169,27 @@ def _course(comparison: Comparison, cell: Cell, view: View) -> Iterator[list[_Jo
 
 
 def _choices(comparison: Comparison, cell: Cell) -> Sequence[Mapping[str, Any]] | None:
-    """The values that a cell is trained with, each in turn; ``None`` as long as they are searched for."""
+    """The values that a cell is trained with, each in turn; ``None`` as long as they are searched for.
+
+    Where every trial of the search has diverged there are none.
+    """
     if not comparison.trials(cell):
         return cell.given or ({},)
     search = _search(comparison, cell)
-    return None if search.finished() < search.settings.trials else (search.best().values,)
+    if search.finished() < search.settings.trials:
+        return None
+    return () if _divergence(search) else (search.best().values,)
+
+
+def _divergence(search: "Search") -> NonFiniteWeightError | None:
+    """What a search tells that has ended without any result."""
+    if search.finished() < search.settings.trials:
+        return None
+    try:
+        search.best()
+    except NonFiniteWeightError as error:
+        return error
+    return None
 
 
 def _search(comparison: Comparison, cell: Cell) -> "Search":

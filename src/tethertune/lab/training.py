@@ -374,7 +374,6 @@ class Training:
         evaluates = progress.epoch + 1 == config.epochs or (progress.epoch + 1) % config.eval_every == 0
         validation_loss, validation_accuracy = self.evaluate(self.dataset.validation) if evaluates else (None, None)
         lr, head_lr = (group["lr"] for group in self.optimizer.param_groups)
-        gradients = self._gradients() if evaluates and config.gradients else {}
         line = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
@@ -386,7 +385,7 @@ class Training:
             "validation_loss": validation_loss,
             "validation_accuracy": validation_accuracy,
             "gradient_norm": means["gradient_norm"],
-            **gradients,
+            **(self._of_figure_1() if evaluates and config.gradients else {}),
             **self._forgotten(evaluates),
             "seconds": self._seconds() - progress.epoch_began,
             "images_per_second": self.images_per_epoch / training_seconds,
@@ -395,6 +394,14 @@ class Training:
         }
         self._require_finite(line | line["distance"])
         return line
+
+    def _of_figure_1(self) -> dict[str, float]:
+        """What the paper's Figure 1 draws besides: the gradient and, but in a trial, the accuracy on the test images.
+
+        Nothing is chosen by the latter.
+        """
+        tested = {} if self._is_trial else {"test_accuracy": self.evaluate(self.dataset.test)[1]}
+        return self._gradients() | tested
 
     def _require_finite(self, figures: Mapping[str, Any]) -> None:
         """Check figures of the epoch whose last step is done.
@@ -519,11 +526,10 @@ class Training:
 
     def _finish(self, folder: RunFolder) -> None:
         """Test, and write all that a complete run holds; ``run.json`` says so last."""
-        is_trial = self.part is not None and self.part["kind"] == "trial"
-        figures, before = self._figures_at_end(is_trial), None
+        figures, before = self._figures_at_end(), None
         alpha = self._go_back()
         if alpha < 1:
-            figures, before = self._figures_anew(is_trial), figures
+            figures, before = self._figures_anew(), figures
         if not self.accelerator.is_main_process:
             return
         self._tick()
@@ -543,17 +549,22 @@ class Training:
         layers = record.layers(self._distances(), self.regulariser.constraint)
         folder.write_metrics(progress.metrics)
         folder.write_distances(layers)
-        if not is_trial:
+        if not self._is_trial:
             metadata = record.metadata(self.config, self.loaded, self.dataset, alpha)
             folder.write_weights(self.network.state_dict(), metadata)
             folder.write_card(card.write(self.config, info, layers))
         folder.write_info(info)
         folder.drop_states()
 
-    def _figures_at_end(self, is_trial: bool) -> dict[str, Any]:
+    @property
+    def _is_trial(self) -> bool:
+        """Whether this is a trial of a search, which never looks at the test images."""
+        return self.part is not None and self.part["kind"] == "trial"
+
+    def _figures_at_end(self) -> dict[str, Any]:
         """What the outcome says of the network as the last epoch left it."""
         final = self.progress.metrics[-1]
-        test_loss, test_accuracy = (None, None) if is_trial else self.evaluate(self.dataset.test)
+        test_loss, test_accuracy = (None, None) if self._is_trial else self.evaluate(self.dataset.test)
         return {
             "test_accuracy": test_accuracy,
             "test_loss": test_loss,
@@ -570,10 +581,10 @@ class Training:
         share, cross_entropy = final["retention"], final["retention_cross_entropy"]
         return Kept(share, cross_entropy, retention.confident, retention.images).to_dict()
 
-    def _figures_anew(self, is_trial: bool) -> dict[str, Any]:
+    def _figures_anew(self) -> dict[str, Any]:
         """What the outcome says of the network after it has gone back towards the reference."""
         validation_loss, validation_accuracy = self.evaluate(self.dataset.validation)
-        return self._figures_at_end(is_trial) | {
+        return self._figures_at_end() | {
             "validation_accuracy": validation_accuracy,
             "validation_loss": validation_loss,
             "train_accuracy": self.evaluate(self.dataset.train)[1],
@@ -608,7 +619,7 @@ class Training:
             "part": self.part,
             **record.described(self.config, self.loaded, self.dataset),
             "machine": machine.describe(self.accelerator.device) | {"processes": self.accelerator.num_processes},
-            "constraint": None if constraint is None else {"summary": constraint.summary()},
+            "constraint": constraint and {"summary": constraint.summary(), "backend": constraint.backend},
             "retain": None if retention is None else {"fingerprint": retention.fingerprint},
             "outcome": None,
         }

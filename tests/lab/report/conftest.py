@@ -47,6 +47,7 @@ class Folders:
             part: What the run is part of.
             retention: Share of the pre-trained answers that stay.
             gradients: Norms of the data's and of the penalty's gradient at the first epoch; they halve with each epoch.
+                With them the test accuracy is measured by epoch, as the paper's Figure 1 draws both.
             options: Configuration.
         """
         config = FinetuneConfig(model=model, data=data, method=method, seed=seed, **{"epochs": 4, **options})
@@ -116,6 +117,7 @@ class Folders:
                 "loss": None if validated is None else 2.0 / epoch,
                 "accuracy": min(1.0, 0.3 * epoch),
                 "validation_accuracy": None if validated is None else reached * (1 - 0.5**epoch),
+                **({"test_accuracy": accuracy * epoch / 4} if gradients and accuracy else {}),
                 "seconds": 1.0,
                 "data_gradient": data_gradient and data_gradient * 0.5 ** (epoch - 1),
                 "penalty_gradient": penalty_gradient and penalty_gradient * 0.5 ** (epoch - 1),

@@ -51,12 +51,22 @@ def test_epochs_that_were_not_evaluated_are_left_out(folders):
     assert [cell.text for cell in found.table.rows[0]] == ["1", "30.0", "-"]
 
 
+def test_the_test_accuracy_by_epoch_is_drawn_where_it_was_measured(folders):
+    folders.add(0.6, gradients=(2.0, None))
+
+    found = figure(folders)
+
+    assert found.charts[2].title == "Test accuracy"
+    assert [row["mean"] for row in rows(found.charts[2].spec)[0]] == [15.0, 30.0, 45.0, 60.0]
+    assert "nothing was chosen by it" in found.text
+
+
 def test_the_gradients_of_data_and_penalty_are_drawn_apart(folders):
     folders.add(0.6, gradients=(2.0, None))
     folders.add(0.7, method="mars-sp", gradients=(2.0, 0.5))
 
     found = figure(folders)
-    charts = {chart.title: chart for chart in found.charts[2:]}
+    charts = {chart.title: chart for chart in found.charts[3:]}
 
     assert list(charts) == ["Gradient of the data's loss", "Gradient of the penalty", "Gradient of both"]
     line, _ = rows(charts["Gradient of the penalty"].spec)
@@ -68,7 +78,7 @@ def test_the_gradients_of_data_and_penalty_are_drawn_apart(folders):
 def test_without_a_penalty_the_whole_is_the_datas_gradient(folders):
     folders.add(0.6, gradients=(2.0, 0.0))
 
-    assert [chart.title for chart in figure(folders).charts][2:] == ["Gradient of the data's loss"]
+    assert [chart.title for chart in figure(folders).charts][3:] == ["Gradient of the data's loss"]
 
 
 def test_a_gradient_of_zero_has_no_place_on_a_log_axis(folders):
@@ -77,7 +87,7 @@ def test_a_gradient_of_zero_has_no_place_on_a_log_axis(folders):
     lines[-1]["data_gradient"] = 0.0
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    assert [row["place"] for row in rows(figure(folders).charts[2].spec)[0]] == [1, 2, 3]
+    assert [row["place"] for row in rows(figure(folders).charts[3].spec)[0]] == [1, 2, 3]
 
 
 def test_the_paper_is_not_explained_where_no_gradient_was_measured(folders):

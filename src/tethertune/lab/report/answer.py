@@ -38,7 +38,8 @@ def answer(comparison: Comparison) -> Answer:
     best = comparison.settings[0].best if comparison.settings else None
     if best is None:
         done = "No run has a finite test accuracy" if comparison.settings else "No run is complete"
-        return Answer(f"{done}, so there is nothing to compare yet.", clear=False, details=(), method=None)
+        told = f"{done}, so there is nothing to compare yet."
+        return Answer(told, clear=False, details=[*_lost(comparison)], method=None)
     setting = comparison.settings[0]
     reached = f"{comparison.labels[best]} reached {formats.spread(best.summary)} test accuracy"
     difference = comparison.difference(best)
@@ -165,9 +166,16 @@ def _left_out(comparison: Comparison) -> Iterator[str]:
     unfinished = [f"{run.info['config']['method']} seed {run.info['config']['seed']}" for run in comparison.unfinished]
     if unfinished:
         yield f"Unfinished, and in no mean: {', '.join(unfinished)}."
+    yield from _lost(comparison)
     failed = [comparison.labels[group] for group in comparison.groups if not math.isfinite(group.summary.mean)]
     if failed:
         yield f"With a run whose accuracy is not finite, and so without a mean: {'; '.join(failed)}."
+
+
+def _lost(comparison: Comparison) -> Iterator[str]:
+    """The methods for which a search found nothing that trains."""
+    if comparison.lost:
+        yield f"Without a result, because every trial of its search diverged: {'; '.join(comparison.lost)}."
 
 
 def _likeness(difference: Difference) -> str:

@@ -152,6 +152,17 @@ class Comparison:
         return [group for setting in self.settings for group in setting.groups]
 
     @cached_property
+    def lost(self) -> list[str]:
+        """The methods without a result all of whose trials diverged."""
+        with_result = {group.method for group in self.groups} | {
+            run.info["config"]["method"] for run in self.unfinished
+        }
+        numbered = [run for run in self.trials if part(run).get("number") is not None]  # but for the probe of a space
+        tried = {run.info["config"]["method"] for run in numbered}
+        trained = {run.info["config"]["method"] for run in numbered if not run.diverged}
+        return sorted(tried - trained - with_result, key=rank)
+
+    @cached_property
     def varying(self) -> list[str]:
         """The configuration names in which the settings differ: head and learning rates, then the others."""
         names = dict.fromkeys([*FOREMOST, *(name for setting in self.settings for name in setting.fields)])

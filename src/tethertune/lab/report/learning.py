@@ -15,6 +15,7 @@ _EPOCH = Axis("epoch")
 _MEASURES = {
     "accuracy": Measure("Training accuracy"),
     "validation_accuracy": Measure("Validation accuracy"),
+    "test_accuracy": Measure("Test accuracy"),
     "retention": Measure("Retention"),
     "data_gradient": Measure("Gradient of the data's loss", is_share=False),
     "penalty_gradient": Measure("Gradient of the penalty", is_share=False),
@@ -24,6 +25,7 @@ _TEXT = "Mean over the seeds; the band is one standard deviation each way. A but
 _SEEN = (
     "In these runs the validation images were trained on as well, so that their accuracy says nothing of unseen images."
 )
+_TESTED = "The test accuracy by epoch is for this figure alone: nothing was chosen by it."
 _GRADIENTS = (
     "A gradient is that of the loss over all training images by all trained weights, and its Euclidean norm is drawn. "
     "The paper's Figure 1 draws the whole alone, in which its code had divided the data's part by the batch size of "
@@ -64,7 +66,8 @@ def figure(comparison: Comparison) -> Figure | None:
 
 def _text(comparison: Comparison, drawn: Mapping[str, Mapping[str, Path]]) -> str:
     seen = any(setting.fields.get("train_on") == "train+validation" for setting in comparison.settings)
-    return " ".join([_TEXT, *([_SEEN] if seen else []), *([_GRADIENTS] if "data_gradient" in drawn else [])])
+    said = {_SEEN: seen, _TESTED: "test_accuracy" in drawn, _GRADIENTS: "data_gradient" in drawn}
+    return " ".join([_TEXT, *(text for text, holds in said.items() if holds)])
 
 
 def _path(group: Group, name: str) -> Path:

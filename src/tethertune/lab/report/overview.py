@@ -46,7 +46,8 @@ class _Standing:
 
     def __init__(self, tasks: Sequence[Comparison]) -> None:
         self.tasks = tasks
-        self.methods = sorted({group.method for task in tasks for group in task.settings[0].groups}, key=rank)
+        trained = {group.method for task in tasks for group in task.settings[0].groups}
+        self.methods = sorted(trained.union(*(task.lost for task in tasks)), key=rank)
 
     @cached_property
     def cells(self) -> dict[tuple[str, int], Group]:
@@ -177,6 +178,8 @@ def _row(standing: _Standing, method: str, *, compares: bool) -> list[Cell]:
 
 def _accuracy(task: Comparison, cells: Mapping[tuple[str, int], Group], method: str, number: int) -> Cell:
     group = cells.get((method, number))
+    if method in task.lost:
+        return Cell(tables.DIVERGED)
     if group is None:
         there = any(item.method == method for item in task.settings[0].groups)
         return Cell(formats.number(math.nan) if there else "-")

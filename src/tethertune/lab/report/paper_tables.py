@@ -40,7 +40,7 @@ def notes(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _table(caption: str, network: str, found: Sequence[Comparison]) -> Table:
-    methods = [method for method in METHODS if any(item.settings[0].best_of(method) for item in found)]
+    methods = [method for method in METHODS if any(i.settings[0].best_of(method) or method in i.lost for i in found)]
     rows = [row for method in methods for row in _rows(network, method, found)]
     return Table(caption, ("Method", "What", *(item.dataset for item in found)), rows)
 
@@ -48,12 +48,14 @@ def _table(caption: str, network: str, found: Sequence[Comparison]) -> Table:
 def _rows(network: str, method: str, found: Sequence[Comparison]) -> Iterator[list[Cell]]:
     """What was obtained, what was printed, and the first minus the second, in percent and points."""
     pairs = [(item, item.settings[0].best_of(method), paper.accuracy(network, method, _data(item))) for item in found]
-    yield [Cell(method, method=method), Cell("here"), *(_here(item, group) for item, group, _ in pairs)]
+    yield [Cell(method, method=method), Cell("here"), *(_here(item, group, method) for item, group, _ in pairs)]
     yield [Cell(method), Cell("paper"), *(_printed(printed) for _, _, printed in pairs)]
     yield [Cell(method), Cell("difference"), *(_difference(group, printed) for _, group, printed in pairs)]
 
 
-def _here(comparison: Comparison, group: Group | None) -> Cell:
+def _here(comparison: Comparison, group: Group | None, method: str) -> Cell:
+    if method in comparison.lost:
+        return Cell(tables.DIVERGED)
     return Cell(tables.accuracy(group), strong=comparison.is_clear_winner(group)) if group else Cell("-")
 
 

@@ -87,7 +87,7 @@ def _section(comparison: Comparison, surroundings: records.Surroundings, *, with
         context=records.context(comparison),
         answer=answer(comparison),
         tether=tether(comparison),
-        results=tables.results(comparison) if comparison.settings else None,
+        results=tables.results(comparison) if comparison.settings or comparison.lost else None,
         tables=_tables(comparison),
         figures=_figures(comparison) if with_figures else (),
         sheets=[surroundings.sheet(comparison, group) for group in comparison.groups],

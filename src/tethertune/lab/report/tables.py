@@ -8,7 +8,10 @@ from tethertune.lab.report import formats, movement
 from tethertune.lab.report.grouping import FOREMOST, Comparison, Group, Setting, outcome
 from tethertune.lab.report.statistics import Difference
 
-__all__ = ["Cell", "Table", "accuracy", "held", "results"]
+__all__ = ["DIVERGED", "Cell", "Table", "accuracy", "held", "results"]
+
+DIVERGED = "every trial diverged"
+"""What stands in place of the accuracy of a method for which a search found no values that train."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ def results(comparison: Comparison) -> Table:
     rows = [
         _row(comparison, setting, group, others=others) for setting in comparison.settings for group in setting.groups
     ]
+    rows += [_lost(method, columns) for method in comparison.lost]
     return Table(f"Test accuracy of {comparison.model} on {comparison.dataset}", columns, rows)
 
 
@@ -90,6 +94,11 @@ def _row(comparison: Comparison, setting: Setting, group: Group, *, others: Sequ
         Cell(", ".join(map(formats.points, difference.by_seed.values())) if difference else "-"),
         Cell(formats.duration(_mean_seconds(group))),
     ]
+
+
+def _lost(method: str, columns: Sequence[str]) -> list[Cell]:
+    told = {"Method": Cell(method, method=method), "Test accuracy": Cell(DIVERGED)}
+    return [told.get(column, Cell("-")) for column in columns]
 
 
 def accuracy(group: Group) -> str:
