@@ -21,7 +21,7 @@ from tethertune import rows
 
 ROWS = (9, 64, 576, 4608, 65_536, 1_048_576)
 TENSORS = (10, 30, 100, 300, 1000)
-MOST_WITH_ADAM = 3e8  # weights; five copies of them
+MOST_WITH_ADAM = 1e8  # weights; five copies of them
 
 
 def maps(count: int, units: int, inputs: int, device: str) -> nn.Module:
