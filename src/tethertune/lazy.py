@@ -24,7 +24,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import dropwhile, takewhile
+from itertools import accumulate, dropwhile, takewhile
 from typing import Any
 
 import torch
@@ -166,10 +166,10 @@ class Lazy:
                 self._followed.pop(id(ball), None)
                 continue
             blocks = ball.blocks(device=self._device)
-            known = self._followed.get(id(ball))
-            if known is None:
+            if id(ball) not in self._followed:
                 sizes = _sizes(ball, blocks)
-                known = self._followed[id(ball)] = _Followed(sizes, torch.full_like(sizes, math.inf))
+                self._followed[id(ball)] = _Followed(sizes, torch.full_like(sizes, math.inf))
+            known = self._followed[id(ball)]
             _let_go(ball, known, group, optimizer.state.get(weight, {}))
             device = local(weight).device
             broken[device] = broken.get(device, 0) + self._settle(ball, blocks, known)
@@ -194,7 +194,7 @@ class Lazy:
             start += len(radius)
             due = (~(reach <= radius)).nonzero().squeeze(1)  # NaN is due
             self.read += len(due)
-            for rows in due.split(max(1, _GATHERED * len(radius) // block.weight.numel())):
+            for rows in stretches(due, max(1, _GATHERED * len(radius) // block.weight.numel())):
                 there = rows.to(block.weight.device)
                 W, centre = block.weight[there], block.centre[rows.to(block.centre.device)]
                 before = W.clone()
@@ -255,7 +255,8 @@ def _radii(blocks: Sequence[Block], known: _Followed) -> Sequence[Tensor]:
     key = [(block.radius.data_ptr(), block.radius._version) for block in blocks]
     if known.radius[0] != key:
         known.radius = (key, torch.cat([block.radius for block in blocks]).cpu())
-    return known.radius[1].split([len(block.radius) for block in blocks])
+    ends = list(accumulate(len(block.radius) for block in blocks))
+    return [known.radius[1][start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _stamp(ball: Ball, optimizer: Optimizer) -> object:

@@ -274,10 +274,11 @@ def _holds(dtype: torch.dtype, tensor: Tensor) -> bool:
     return all(torch.equal(part.to(dtype).to(part.dtype), part) for part in stretches(tensor.detach()))
 
 
-def stretches(tensor: Tensor) -> Sequence[Tensor]:
-    """Views of stretches of axis 0, so that what is made of each is small; none of an empty tensor."""
-    tensor = torch.atleast_1d(tensor)
-    return tensor.split(max(1, _PART * len(tensor) // tensor.numel())) if tensor.numel() else ()
+def stretches(tensor: Tensor, size: int = _PART) -> list[Tensor]:
+    """Views of stretches of axis 0 of about so many elements, so that what is made of each is small; none if empty."""
+    tensor = tensor.unsqueeze(0) if tensor.ndim == 0 else tensor
+    step = max(1, size * len(tensor) // max(1, tensor.numel()))
+    return [tensor[start : start + step] for start in range(0, len(tensor), step)] if tensor.numel() else []
 
 
 def _bytes(tensor: Tensor) -> bytes | ctypes.Array[ctypes.c_char]:
