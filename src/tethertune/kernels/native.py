@@ -7,7 +7,7 @@ holds.
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -93,7 +93,7 @@ class Table:
 
 
 @functools.cache
-def _function(norm: str) -> "ctypes._CFuncPtr":
+def _function(norm: str) -> Callable[..., int]:
     library_ = library.load()
     function = library_.tethertune_rows if norm == "mars" else library_.tethertune_frobenius
     function.restype = ctypes.c_int64
