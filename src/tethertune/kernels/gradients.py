@@ -7,7 +7,7 @@ and the reference once, and writes one row of each layer's gradient. Both ways g
 import ctypes
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -65,7 +65,7 @@ class Gradients:
             pulls: One a layer.
             scale: 0-d, multiplies all factors; on an accelerator it stays unknown to the host. ``None`` for 1.
         """
-        forms = [backend.forced(), scale is None, *map(_form, pulls)]
+        forms: list[object] = [backend.forced(), scale is None, *map(_form, pulls)]
         if forms != self._forms:
             self._plan(pulls, taken=scale is None)
             self._forms = forms
@@ -142,7 +142,7 @@ def _stretches(pull: Pull, norm: str) -> Stretches | None:
 
 
 @functools.cache
-def _function(norm: str) -> "ctypes._CFuncPtr":
+def _function(norm: str) -> Callable[..., int]:
     loaded = library.load()
     function = loaded.tethertune_pull_squares if norm == "frobenius" else loaded.tethertune_pull_rows
     function.restype = ctypes.c_int
