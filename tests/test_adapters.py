@@ -13,7 +13,7 @@ with warnings.catch_warnings():
     from transformers.pytorch_utils import Conv1D
 
 import tethertune as tt
-from tethertune import norms, rows
+from tethertune import adapters, norms, rows
 from tethertune.adapters import AdaptedLayer
 from tethertune.errors import ConfigurationError, NonFiniteWeightError, PatternError, ReferenceMismatchError
 
@@ -376,6 +376,33 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(norm):
         results.append(model.base_model.model[0].lora_B["default"].weight.clone())
     torch.set_num_threads(1)
     assert torch.equal(*results)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_look_from_the_host_the_bits_are_the_same(norm, dtype, monkeypatch):
+    """What runs on accelerators, on a CPU."""
+    results = []
+    for looks in (True, False):
+        monkeypatch.setattr(adapters, "_host_looks", lambda _, looks=looks: looks)
+        model = adapted().to(dtype)
+        stir(model)
+        with torch.no_grad():
+            model.base_model.model.linear.lora_B["default"].weight[::2] *= 1e-3
+        tt.Constraint(model, norm=norm, radius=RADIUS, include=["*.tokens.weight"], exclude=["*.head*"]).project()
+        results.append(model.state_dict())
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+def test_the_balls_fit_a_copy_of_the_network():
+    model = adapted(["linear"])
+    constraint = tt.Constraint(model, radius=RADIUS)
+    average = copy.deepcopy(model)
+    stir(average)
+    held = constraint.on(average)
+    held.project()
+    assert inside(held, "mars")
+    assert measure(update(adapted_layers(constraint)[0]), "mars") == 0
 
 
 def test_a_penalty_says_that_it_is_not_for_adapters():

@@ -177,6 +177,17 @@ def test_an_embedding_is_free_unless_included(kind):
     torch.testing.assert_close(found[0].rows.matrix(found[0].weight)[4], model[0].weight[4])
 
 
+@pytest.mark.parametrize("name", ["LlamaRMSNorm", "T5LayerNorm", "RmsNorm"])
+def test_a_normalisation_layer_that_a_language_model_brings_along_is_known_by_what_it_is_called(name):
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+    assert rows.of(type(name, (Plain,), {})(), "weight").kind == "normalisation"
+    assert rows.of(Plain(), "weight").kind == "other"
+
+
 @pytest.mark.parametrize(
     "layer",
     [nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True), nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.RMSNorm(4)],

@@ -281,7 +281,7 @@ class UpdateBall:
             return self._project_frobenius(factors)
         left, right = _wide(factors)
         chosen = torch.arange(len(left), device=left.device)
-        if left.device.type == "cpu":  # elsewhere the host does not look
+        if _host_looks(left.device):
             inside = left.abs() @ right.abs().sum(dim=1) <= self.radius * (1 - 1e-9)
             chosen = (~inside).nonzero().squeeze(1)
         blocks = [block[chosen] for block, _, _ in factors]
@@ -304,7 +304,7 @@ class UpdateBall:
             L = torch.cat([block.double() * s for block, s in zip(part, scalings, strict=True)], dim=1)
             distance, bound = norms.row_sums(L @ R), L.abs() @ columns
             outside = (distance + error * bound > self.radius) & distance.isfinite()
-            if L.device.type == "cpu" and not outside.any():
+            if _host_looks(L.device) and not outside.any():
                 break
             room = distance + (2 * error + 1.01 * share * unit) * bound
             scale = self.radius / room * (1 - 2**-50) if share < math.inf else torch.zeros_like(room)
@@ -322,7 +322,7 @@ class UpdateBall:
             terms = self.layer.rows.shape(self.layer.weight)[0] + R.shape[0] + R.shape[1]
             error = 8 * torch.finfo(torch.float64).eps * terms * bound
             outside = (square + error > self.radius**2) & square.isfinite()
-            if L.device.type == "cpu" and not bool(outside):
+            if _host_looks(L.device) and not bool(outside):
                 break
             room = (square.clamp(min=0) + 4 * error).sqrt() + 1.01 * share * unit * bound.sqrt()
             scale = self.radius / room * (1 - 2**-50) if share < math.inf else torch.zeros_like(room)
@@ -345,6 +345,11 @@ class UpdateBall:
         rows = [L[start : start + size] @ R for start in range(0, len(L), size)]
         parts = [norms.row_sums(T) if self.by_row else norms.add_up_rows(T.square()) for T in rows]
         return torch.cat(parts) if parts else L.new_zeros(0)
+
+
+def _host_looks(device: torch.device) -> bool:
+    """Whether the host may see what is outside: on an accelerator it would wait for it."""
+    return device.type == "cpu"
 
 
 def _wide(factors: Sequence[Factors]) -> tuple[Tensor, Tensor]:
