@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from tethertune.errors import ConfigurationError
 
@@ -75,10 +76,11 @@ def start_processes(launch: Launch, words: Sequence[str]) -> int:
             f"{' '.join(launch.flags)} starts processes, but this is one of several that torchrun or accelerate has"
             " started: leave it out here, or start the command by itself."
         )
-    from torch.distributed import run as torchrun
+    import torch.distributed.run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    torchrun: Any = torch.distributed.run  # without types
     try:
         with _quiet(), _shared_cores(launch.nproc_per_node):
             torchrun.run(torchrun.parse_args([*launch.flags, "-m", "tethertune", *words]))

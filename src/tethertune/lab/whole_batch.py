@@ -76,7 +76,8 @@ def batch_norm(
             running_var.lerp_(variance * (size / (size - 1)), momentum)
     scale = (variance + eps).rsqrt() if weight is None else (variance + eps).rsqrt() * weight
     normal = centred * scale.view(shape)
-    return (normal if bias is None else normal + bias.view(shape)).to(images.dtype)
+    shifted: Tensor = normal if bias is None else normal + bias.view(shape)
+    return shifted.to(images.dtype)
 
 
 class _Sum(torch.autograd.Function):
