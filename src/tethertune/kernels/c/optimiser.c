@@ -125,12 +125,9 @@ INLINE hashes mix(hashes hash, floats x) {
 }
 
 static uint64_t print_of(hashes hash) {
-    uint64_t print = 0;
-    for (int lane = 0; lane < 8; lane++) {
-        print = (print ^ hash[lane]) * 0x9e3779b97f4a7c15u;
-        print ^= print >> 32;
-    }
-    return print;
+    hash *= (hashes){0x9e3779b97f4a7c15u, 0xc2b2ae3d27d4eb4fu, 0x165667b19e3779f9u, 0x27d4eb2f165667c5u,
+                     0xff51afd7ed558ccdu, 0xc4ceb9fe1a85ec53u, 0xbf58476d1ce4e5b9u, 0x94d049bb133111ebu};
+    return ((hash[0] + hash[4]) + (hash[2] + hash[6])) + ((hash[1] + hash[5]) + (hash[3] + hash[7]));
 }
 
 /* Update n elements. With TRACK for the type of the centre, which is not read then: returns the sum of |change|^power, and
@@ -228,7 +225,8 @@ static uint64_t print_of_row(const float *w, int64_t n) {
     return print_of(hash);
 }
 
-#define LOOSE 0.95 /* share of the radius up to which a row is guarded */
+#define LOOSE 0.95      /* share of the radius up to which a row is guarded */
+enum { GUARDED = 48 };  /* columns from which a row is worth it */
 
 static int update_row(const struct work *work, int64_t i, int64_t row, double least) {
     const struct block *block = work->blocks + i;
@@ -255,10 +253,28 @@ static int update_row(const struct work *work, int64_t i, int64_t row, double le
     return found;
 }
 
+/* Rows that do not fill vectors are updated some at a time. */
+static void update_short_rows(const struct work *work, int64_t i, int64_t first, int64_t last, int64_t found[3]) {
+    const struct block *block = work->blocks + i;
+    double least = least_radius(block->size);
+    int64_t n = block->columns, together = 512 / n;
+    for (int64_t start = first, end; start < last; start = end) {
+        end = start + together < last ? start + together : last;
+        update_part(work, i, start * n, NULL, (end - start) * n, ZERO, 1, NULL);
+        for (int64_t row = start; row < end; row++) {
+            float *w = (float *)block->w + row * n;
+            const void *c = centre_at(block, row, 0);
+            double distance = MEASURE[block->c_type](w, c, n);
+            found[SETTLE[block->c_type](w, c, n, block->radius[row], least, distance)]++;
+        }
+    }
+}
+
 static void update_rows(const struct work *work, int64_t i, int64_t first, int64_t last) {
     struct block *block = work->blocks + i;
     double least = least_radius(block->size);
     int64_t found[3] = {0};
+    if (block->columns < GUARDED) update_short_rows(work, i, first, last, found), first = last;
     for (int64_t row = first; row < last; row++) found[update_row(work, i, row, least)]++;
     __atomic_fetch_add(&block->outside, found[CHANGED], __ATOMIC_RELAXED);
     __atomic_fetch_add(&block->broken, found[BROKEN], __ATOMIC_RELAXED);
