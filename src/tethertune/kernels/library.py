@@ -20,9 +20,9 @@ from pathlib import Path
 __all__ = ["CannotCompileError", "load"]
 
 SOURCES = Path(__file__).parent / "c"
-FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math")
 """Nothing that lets a compiler reorder or drop floating-point operations: the kernels' error bounds count on them."""
-_PATIENCE = 120  # seconds for the compiler; it takes about five on one core
+_PATIENCE = 120  # seconds for the compiler; it takes three or so
 
 _log = logging.getLogger("tethertune")
 
@@ -94,16 +94,30 @@ def _processor() -> str:
 
 
 def _compile(compiler: str, flags: tuple[str, ...], target: Path) -> None:
+    """Compile the sources side by side and link them; the target appears whole or not at all."""
     _log.info("compiling the C kernels with %s (once on this machine, a few seconds)", compiler)
-    temporary = target.with_suffix(f".{os.getpid()}.tmp")
-    sources = [str(path) for path in sorted(SOURCES.glob("*.c"))]
-    command = [compiler, *flags, *sources, "-o", str(temporary), "-lm"]
+    with tempfile.TemporaryDirectory(prefix=f"{target.stem}-", dir=target.parent) as scratch:
+        objects = {str(path): f"{scratch}/{path.stem}.o" for path in sorted(SOURCES.glob("*.c"))}
+        _run([[compiler, *flags, "-c", source, "-o", made] for source, made in objects.items()])
+        _run([[compiler, "-shared", "-pthread", *objects.values(), "-o", f"{scratch}/whole.so", "-lm"]])
+        Path(scratch, "whole.so").replace(target)
+
+
+def _run(commands: list[list[str]]) -> None:
+    """Run commands at the same time, and wait for all."""
+    running = []
     try:
-        done = subprocess.run(  # noqa: S603 - the compiler that the user has
-            command, capture_output=True, text=True, timeout=_PATIENCE, check=False
-        )
+        for command in commands:
+            running.append(  # noqa: PERF401 - those that have begun must be known when one cannot
+                subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # noqa: S603
+            )
+        for process in running:
+            _, said = process.communicate(timeout=_PATIENCE)
+            if process.returncode:
+                raise CannotCompileError(f"{process.args[0]} failed: {said.strip()[-500:]}")
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise CannotCompileError(f"{compiler} failed: {error}") from error
-    if done.returncode:
-        raise CannotCompileError(f"{compiler} failed: {done.stderr.strip()[-500:]}")
-    temporary.replace(target)
+        raise CannotCompileError(f"{commands[0][0]} failed: {error}") from error
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
