@@ -114,7 +114,7 @@ def _run(commands: list[list[str]]) -> None:
         for process in running:
             _, said = process.communicate(timeout=_PATIENCE)
             if process.returncode:
-                raise CannotCompileError(f"{process.args[0]} failed: {said.strip()[-500:]}")
+                raise CannotCompileError(f"{commands[0][0]} failed: {said.strip()[-500:]}")
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CannotCompileError(f"{commands[0][0]} failed: {error}") from error
     finally:
