@@ -312,6 +312,11 @@ class UpdateBall:
         return (~distance.isfinite()).sum()
 
     def _project_frobenius(self, factors: Sequence[Factors]) -> Tensor:
+        L, R = _wide(factors)
+        if _host_looks(L.device) and not is_sharded(self.layer.weight):
+            bound = (torch.linalg.vector_norm(L, dim=0) * torch.linalg.vector_norm(R, dim=1)).sum()
+            if bool(bound <= self.radius * (1 - 1e-9)):  # the sum over the ranks of the norms of their products
+                return torch.zeros((), dtype=torch.long)
         blocks = [block for block, _, _ in factors]
         unit = max(torch.finfo(block.dtype).eps for block in blocks) / 2
         for share in (*_SHARES, math.inf):
