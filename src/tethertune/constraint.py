@@ -272,7 +272,8 @@ class Constraint:
         self._plans.clear()  # an optimiser that is gone may have had the id of one of these
         self.project()
         for optimizer in inner:
-            after = torch.compiler.disable(lambda stepped, *_: self._after_step(stepped))  # where step() is compiled
+            after: Any = lambda stepped, *_: self._after_step(stepped)  # noqa: E731 - wrapped in the next line
+            after = torch.compiler.disable(after)  # type: ignore[no-untyped-call]  # where step() is compiled
             hook = optimizer.register_step_post_hook(after)
             if isinstance(optimizer, OnePass):
                 optimizer.tether(self, hook.id)
