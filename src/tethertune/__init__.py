@@ -8,7 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tethertune import norms as norms
     from tethertune import optim as optim
+    from tethertune import projections as projections
+    from tethertune import rows as rows
+    from tethertune import theory as theory
     from tethertune.constraint import Constraint, Distance, Relative
     from tethertune.errors import TethertuneError
     from tethertune.features import FeaturePenalty
@@ -40,7 +44,7 @@ _HOMES = {
     "TethertuneError": "errors",
     "distances": "measure",
 }
-_MODULES = ("optim",)
+_MODULES = ("norms", "optim", "projections", "rows", "theory")
 
 
 def __getattr__(name: str) -> Any:
