@@ -14,6 +14,7 @@ import timm.scheduler
 import timm.utils
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -126,6 +127,15 @@ def test_plain_pytorch(norm, make, digits, pretrained, tmp_path):
         )
 
 
+@pytest.fixture
+def _new_accelerator():
+    """Accelerate's settings are the process's: without those of another test, and without ours in the next."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("_new_accelerator")
 @pytest.mark.parametrize("norm", ["mars", "frobenius"])
 def test_accelerate(norm, digits, pretrained, tmp_path):
     """With accumulation over two batches, bf16 and a scheduler; saved by ``save_state``, the tether among it."""

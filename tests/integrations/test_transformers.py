@@ -10,6 +10,7 @@ from importlib import import_module, resources
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 
 with warnings.catch_warnings():
@@ -33,6 +34,13 @@ TINY = {
     "intermediate_size": 24,
     "vocab_size": 40,
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _leave_no_accelerator():
+    """The Trainer's settings of accelerate are the process's: leave none to the tests of other files."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Sentences(torch.utils.data.Dataset):
