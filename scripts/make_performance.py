@@ -80,6 +80,8 @@ def tables(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Iterable[str]]
         "aims": aims(steps),
         "beside": side_by_side(steps, "beside Adam"),
         "optimisers": side_by_side(steps, "optimisers"),
+        "bfloat16": side_by_side(networks(results, "bfloat16"), "beside Adam"),
+        "bfloat16 optimisers": side_by_side(networks(results, "bfloat16"), "optimisers"),
         "rivals": rivals(results["rivals"]),
         "memory": memory(results["memory"]["schemes"]),
         "weights": weights(scale["weights"]),
