@@ -24,6 +24,7 @@ ORDER = [
     "projections",
     "memory",
     "reference",
+    "radii",
     "kernels",
     "optim",
     "attachment",

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from tethertune import projections as projections
     from tethertune import rows as rows
     from tethertune import theory as theory
-    from tethertune.constraint import Constraint, Distance, Relative
+    from tethertune.constraint import Constraint, Distance
     from tethertune.errors import TethertuneError
     from tethertune.features import FeaturePenalty
     from tethertune.measure import Displacement, distances
     from tethertune.penalty import Penalty
+    from tethertune.radii import Relative
     from tethertune.reference import Reference
 
 __all__ = [
@@ -40,7 +41,7 @@ _HOMES = {
     "FeaturePenalty": "features",
     "Penalty": "penalty",
     "Reference": "reference",
-    "Relative": "constraint",
+    "Relative": "radii",
     "TethertuneError": "errors",
     "distances": "measure",
 }

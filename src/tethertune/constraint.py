@@ -5,13 +5,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tethertune import rows
+from tethertune import radii, rows
 from tethertune.adapters import AdaptedLayer, UpdateBall, base_weights, fold
 from tethertune.attachment import inner_optimizer, require_parameters
 from tethertune.balls import Ball, distance_between, make_ball, reference_norm
@@ -28,34 +28,17 @@ from tethertune.kernels.plan import Plan
 from tethertune.lazy import Lazy, require_bounded
 from tethertune.memory import Memory
 from tethertune.optim import Done, OnePass
+from tethertune.radii import Radius, Relative
 from tethertune.reference import Reference, Source
 from tethertune.rows import Convention, Layer, Role
 from tethertune.sharding import is_sharded, local, reduce_over_shards
 
-__all__ = ["AT_RADIUS", "Constraint", "Distance", "Radius", "Relative"]
+__all__ = ["AT_RADIUS", "Constraint", "Distance"]
 
 AT_RADIUS = 0.99
 """A row counts as being at its radius from this share of it on."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class Relative:
-    """A radius relative to each layer's own reference norm: gamma_j = ratio * ||W0_j||.
-
-    Attributes:
-        ratio: At least 0; 0.02 lets every layer move by 2 % of its own norm.
-    """
-
-    ratio: float
-
-    def __post_init__(self) -> None:
-        _require_radius(self.ratio, "Relative(ratio)")
-
-
-Radius: TypeAlias = float | Relative | Mapping[str, float | Relative]
-"""A number for every body layer, a :class:`Relative`, or a mapping from name patterns to either."""
 
 
 @dataclass(frozen=True)
@@ -160,9 +143,9 @@ class Constraint:
             raise ConfigurationError(f"check_every={check_every} must be at least 1.")
         self._settings: dict[str, Any] = {
             "norm": _one_of("norm", norm, ("mars", "frobenius")),
-            "radius": _radius_to_plain(radius),
+            "radius": radii.to_plain(radius),
             "head": head,
-            "head_radius": None if head_radius is None else _require_radius(head_radius, "head_radius"),
+            "head_radius": None if head_radius is None else radii.require(head_radius, "head_radius"),
             "include": list(include),
             "exclude": list(exclude),
             "affine": _one_of("affine", affine, ("free", "frozen")),
@@ -186,18 +169,18 @@ class Constraint:
         chosen = self._settings
         found = rows.layers(self._model, head=chosen["head"], convention=chosen["convention"])
         self._layers = fold(self._model, found)
-        radii = self._radii()
-        for layer in radii:
+        given = self._radii()
+        for layer in given:
             if layer.weight.dtype not in _DTYPES:
                 allowed = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
                 raise ConfigurationError(f"{layer.name} is {layer.weight.dtype}; a ball needs one of {allowed}.")
-        body = [layer for layer in radii if layer.role == "body" and not isinstance(layer, AdaptedLayer)]
+        body = [layer for layer in given if layer.role == "body" and not isinstance(layer, AdaptedLayer)]
         seen = Reference.view(source, body)
         self._measure_reference(seen, body)
         ours = isinstance(source, Reference | str | Path)  # anything else may be the trained weights themselves
         self._reference = seen.keep(body, dtype=self._reference_dtype, device=self._reference_device, copy=not ours)
         self._kernel = Chunked(chosen["projection"])
-        self._balls = [self._ball(layer, given) for layer, given in radii.items()]
+        self._balls = [self._ball(layer, of_layer) for layer, of_layer in given.items()]
         self._lazy = (
             Lazy(self._balls, self._kernel, self._reference_device, self._check_every) if self._is_lazy else None
         )
@@ -208,17 +191,17 @@ class Constraint:
         chosen = self._settings
         taken = list(rows.select(self._layers, include=chosen["include"], exclude=chosen["exclude"]))
         body = [layer for layer, is_taken in taken if is_taken and layer.role == "body"]
-        radii = dict(zip(body, _radii_by_name(chosen["radius"], body), strict=True))
+        found = dict(zip(body, radii.by_name(chosen["radius"], body), strict=True))
         if chosen["head_radius"] is not None:
-            radii |= {layer: [chosen["head_radius"]] for layer, is_taken in taken if is_taken and layer.role == "head"}
+            found |= {layer: [chosen["head_radius"]] for layer, is_taken in taken if is_taken and layer.role == "head"}
         still = [la for la in self._layers if la.role == "body" and la.rows.kind in ("bias", "normalisation")]
         still = still if chosen["affine"] == "frozen" else []
         if chosen["head_bias"] == "frozen":
             still += [la for la in self._layers if la.role == "head" and la.rows.kind == "bias"]
         if still:
             excluded = rows.matching([n for layer in self._layers for n in layer.names], chosen["exclude"], "exclude")
-            radii |= {layer: [0.0] for layer in still if excluded.isdisjoint(layer.names)}
-        finite = {layer: [radius for radius in given if radius != math.inf] for layer, given in radii.items()}
+            found |= {layer: [0.0] for layer in still if excluded.isdisjoint(layer.names)}
+        finite = {layer: [radius for radius in given if radius != math.inf] for layer, given in found.items()}
         adapts = any(isinstance(layer, AdaptedLayer) for layer in self._layers)  # frozen beside them: for good
         free = {la for la in finite if adapts and not isinstance(la, AdaptedLayer) and not la.weight.requires_grad}
         return {layer: given for layer, given in finite.items() if given and layer not in free}
@@ -614,45 +597,3 @@ def _one_of(argument: str, given: str, allowed: Sequence[str]) -> str:
             f"{argument}={given!r} is not known: use {' or '.join(map(repr, allowed))}.{did_you_mean(given, allowed)}"
         )
     return given
-
-
-def _require_radius(radius: object, argument: str) -> float:
-    if isinstance(radius, bool) or not isinstance(radius, int | float) or math.isnan(radius) or radius < 0:
-        raise ConfigurationError(
-            f"{argument}={radius!r} is not a radius: give a number of at least 0 (0 freezes, math.inf leaves free)."
-        )
-    return float(radius)
-
-
-def _radius_to_plain(radius: Radius) -> float | dict[str, Any]:
-    """The radius as numbers, strings and dicts, which any checkpoint format can hold."""
-    if isinstance(radius, Relative):
-        return {"relative": radius.ratio}
-    if isinstance(radius, Mapping):
-        if not radius:
-            raise ConfigurationError("radius={} constrains nothing: give at least one pattern, such as {'*': 8.0}.")
-        return {"patterns": {p: _radius_to_plain(_not_nested(r)) for p, r in radius.items()}}
-    return _require_radius(radius, "radius")
-
-
-def _not_nested(radius: Radius) -> Radius:
-    if isinstance(radius, Mapping):
-        raise ConfigurationError(f"radius={radius!r} inside a mapping: give a number or Relative(ratio) for a pattern.")
-    return radius
-
-
-def _radii_by_name(plain: float | dict[str, Any], layers: Sequence[Layer]) -> list[list[float | Relative]]:
-    """The radii of each layer: one, or with patterns that of the first that matches, for each of its names."""
-    if isinstance(plain, float) or "relative" in plain:
-        return [[_to_radius(plain)] for _ in layers]
-    names = [name for layer in layers for name in layer.names]
-    hits = {pattern: rows.matching(names, [pattern], "radius") for pattern in plain["patterns"]}
-    by_name = {
-        name: _to_radius(next((plain["patterns"][p] for p, hit in hits.items() if name in hit), math.inf))
-        for name in names
-    }
-    return [[by_name[name] for name in layer.names] for layer in layers]
-
-
-def _to_radius(plain: float | dict[str, float]) -> float | Relative:
-    return Relative(plain["relative"]) if isinstance(plain, dict) else plain

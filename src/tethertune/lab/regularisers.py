@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tethertune.constraint import Constraint, Relative
+from tethertune.constraint import Constraint
 from tethertune.errors import ConfigurationError
 from tethertune.features import FeaturePenalty, attention_weights
 from tethertune.lab import files
@@ -17,6 +17,7 @@ from tethertune.lab.config import FinetuneConfig
 from tethertune.lab.methods import METHODS, Method
 from tethertune.lab.models import LoadedModel
 from tethertune.penalty import Penalty
+from tethertune.radii import Relative
 from tethertune.reference import Reference
 
 __all__ = ["Regulariser", "build"]
