@@ -87,6 +87,7 @@ def tables(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Iterable[str]]
         "weights": weights(scale["weights"]),
         "rows": rows(scale["rows"]),
         "tensors": tensors(scale["tensors"]),
+        "training": training({name: of for name, of in results.items() if name.startswith("train")}),
         "paper": on_paper(),
     }
 
@@ -168,6 +169,17 @@ def tensors(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield from _head(["tensors of 8 x 8, \N{MICRO SIGN}s a tensor", *names])
     for row in found:
         yield _row([f"{row['tensors']:,}", *(f"{row['us'][name]:.1f}" for name in names)])
+
+
+def training(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The speed of `finetune` as a share of a bare loop's."""
+    yield from _head(["speed / bare loop", *(name.removeprefix("train-") for name in results)])
+    for variant in next(iter(results.values())):
+        cells = []
+        for of in results.values():
+            low, median, high = of[variant]["speed"]
+            cells.append(f"{median:.2f} ({low:.2f}-{high:.2f})")
+        yield _row([variant, *cells])
 
 
 def on_paper() -> Iterator[str]:

@@ -59,3 +59,10 @@ def test_bytes_on_paper_become_times(script):
     adam = next(line for line in lines if line.startswith("| Adam "))
     assert adam == "| Adam | 14 B, 21.94 ms | 28 B, 43.88 ms | 28 B, 0.69 ms |"
     assert "| the reference | 2 B, 13.48 GB | 2 B, 13.48 GB | 2 B, 0.21 GB |" in lines
+
+
+def test_whole_training_is_told_as_a_share_of_the_bare_loop(script):
+    found = {"none, steps": {"speed": [0.9, 0.95, 1.0], "images_per_second": 1.0, "by_hand": 1.0, "rounds": 3}}
+    lines = list(script.training({"train-small": found, "train-large": found}))
+    assert lines[0] == "| speed / bare loop | small | large |"
+    assert lines[2] == "| none, steps | 0.95 (0.90-1.00) | 0.95 (0.90-1.00) |"

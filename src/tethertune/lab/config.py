@@ -164,8 +164,7 @@ class FinetuneConfig:
     """Epochs between evaluations on the validation images, 1 or more; the last epoch is always evaluated."""
 
     gradients: bool = False
-    """Measure, at every evaluation, what the paper's Figure 1 draws: the gradient of the loss over all training images,
-    of the data and of the penalty, and the test accuracy (not in a search's trials; nothing is chosen by it)."""
+    """Measure the loss's gradient and the test accuracy at every evaluation (Figure 1); nothing is chosen by them."""
 
     retain: str | None = None
     """A folder of any unlabelled images: measure how many of the pre-trained network's answers on them stay."""

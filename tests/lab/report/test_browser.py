@@ -57,7 +57,7 @@ def test_every_chart_of_several_tasks_is_drawn(browser, whole, tmp_path):
 
     drawn = browser.evaluate(DRAWN)
 
-    assert len(drawn) == 2 * 13
+    assert len(drawn) == 2 * 14
     assert all(chart["marks"] and "NaN" not in chart["text"] for chart in drawn)
 
 
