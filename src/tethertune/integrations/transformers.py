@@ -106,8 +106,8 @@ class ConstraintCallback(_Callback):
     Works with gradient accumulation, mixed precision, ``torch_compile``, DDP and FSDP2, as the constraint does. With
     each log of the training loss it reports ``tether/largest_share`` and ``tether/median_share`` (distances as shares
     of their radii) and ``tether/layers_at_radius``. They are in ``trainer.state.log_history`` and in what callbacks
-    after this one are given. The reporters that the Trainer makes of ``report_to`` come before it: use
-    ``report_to="none"`` and list them after it, ``callbacks=[tether, TensorBoardCallback()]``.
+    after this one are given. The reporters that the Trainer makes of ``report_to`` come before it: move it
+    to the front, ``trainer.callback_handler.callbacks.insert(0, trainer.pop_callback(tether))``.
 
     Args:
         log: ``"summary"``, ``"layers"`` for the distance of every layer besides, or ``"off"``.
