@@ -10,8 +10,11 @@ from torch import nn
 from tethertune import theory
 from tethertune.errors import ConfigurationError, PatternError, ReferenceMismatchError
 from tethertune.theory import ClippedCrossEntropy, CrossEntropy, Facts, Layer, Ramp, certificate, certify
+from tethertune.theory.frozen import Draws
 
 torch.set_num_threads(1)
+OF_THE_SAMPLE = 0.99 * 0.05
+"""What of delta is left for the draw of the sample; the rest is for the drawn signs."""
 
 
 def data(count=40, size=(3, 6, 6), classes=3, batch=16, seed=0):
@@ -62,22 +65,20 @@ def test_a_chain_without_biases_is_certified_as_the_formulas_say():
         old, new = reference[i].weight.detach().double(), model[i].weight.detach().double()
         distance = float((new - old).abs().sum(1).max())
         layers.append(Layer(float(old.abs().sum(1).max()) + distance, distance))
-    common = {
-        "head_bound": float(model[4].weight.detach().double().abs().sum(1).max()),
-        "samples": 40,
-        "classes": 3,
-        "lipschitz": math.sqrt(2),
-    }
-    expected = certificate.distance(layers, dims=[5, 6, 4], alphas=alphas, **common)
-    assert found.distance.value == pytest.approx(expected.value, rel=1e-9)
-    assert dict(found.distance.parts) == pytest.approx(dict(expected.parts), abs=1e-9)
-    expected = certificate.product(layers, input_dim=5, input_bound=alphas[0], **common)
-    assert found.product.value == pytest.approx(expected.value, rel=1e-9)
-    expected = certificate.perturbation(
-        layers, features_dim=4, features_alpha=alphas[2], input_bound=2.0, sup_lipschitz=2.0, **common
-    )
-    assert found.perturbation.value == pytest.approx(expected.value, rel=1e-9)
-    assert found.gap == pytest.approx(2 * found.complexity.value + certificate.confidence(40, 0.05), rel=1e-9)
+    head_bound = float(model[4].weight.detach().double().abs().sum(1).max())
+    common = {"head_bound": head_bound, "samples": 40, "classes": 3, "lipschitz": math.sqrt(2)}
+    closed = certificate.distance(layers, dims=[5, 6, 4], alphas=alphas, **common)
+    assert dict(found.distance.parts)["moved"] == pytest.approx(dict(closed.parts)["moved"], abs=1e-9)
+    assert dict(found.distance.parts)["frozen"] < dict(closed.parts)["frozen"]
+    draws = Draws(3, 4, torch.device("cpu"))
+    draws.add(features[2], torch.cat([y for _, y in batches]))
+    frozen = head_bound / 40 * math.exp(draws.result().log_bound(0.01 * 0.05))
+    assert 10 ** dict(found.distance.parts)["frozen"] == pytest.approx(frozen, rel=1e-9)
+    closed = certificate.product(layers, input_dim=5, input_bound=alphas[0], **common)
+    assert found.product.value == pytest.approx(closed.value, rel=1e-9)
+    shift = certificate.output_shift(layers, input_bound=2.0)
+    assert found.perturbation.value == pytest.approx(frozen + 2.0 * head_bound * math.exp(shift), rel=1e-9)
+    assert found.gap == pytest.approx(2 * found.complexity.value + certificate.confidence(40, OF_THE_SAMPLE), rel=1e-9)
     assert (found.kind, found.complexity.is_upper_bound, found.price) == ("measurement", None, 0.0)
 
 
@@ -89,7 +90,7 @@ def test_grid_costs_confidence_and_rounds_up():
     assert (paid.kind, paid.mode) == ("certificate", "grid")
     assert paid.paid == ("distances of 2 layers", "bias shifts of 2 layers", "the head's norm", "the head's bias")
     assert paid.price > 0
-    assert paid.confidence == pytest.approx(certificate.confidence(40, 0.05, price=paid.price))
+    assert paid.confidence == pytest.approx(certificate.confidence(40, OF_THE_SAMPLE, price=paid.price))
     assert paid.distance.log10 > free.distance.log10
     for layer in paid.layers:
         assert layer.measured_distance <= layer.distance
@@ -107,7 +108,7 @@ def test_each_layer_its_own_cell_and_the_better_of_both():
         certify(model, data(), reference=reference, head="7", sharing=s, delta=0.025).total
         for s in ("shared", "per-layer")
     ]
-    assert both.total == pytest.approx(min(halves), rel=1e-12)
+    assert both.total == pytest.approx(min(halves), rel=1e-3)  # drawn signs take another part of half of delta
 
 
 def test_declared_radii_cost_nothing_where_batch_norm_is_frozen():
@@ -149,7 +150,7 @@ def test_a_heads_bias_that_was_held_at_zero_is_free(mode, paid):
     assert found.paid == paid
     assert found.head_bias == 0
     if mode == "declared":
-        assert (found.price, found.confidence) == (0, certificate.confidence(40, 0.05))
+        assert (found.price, found.confidence) == (0, certificate.confidence(40, OF_THE_SAMPLE))
 
 
 def test_a_declared_bias_of_the_head_adds_a_weight_on_the_constant_one():
@@ -158,12 +159,14 @@ def test_a_declared_bias_of_the_head_adds_a_weight_on_the_constant_one():
     radii = {"0.weight": 0.2, "3.weight": 0.3, "7.weight": 4.0}
     common = {"reference": reference, "head": "7", "mode": "declared", "affine": "frozen"}
     found = certify(model, data(), radii=radii | {"7.bias": 2.0}, **common)
-    features = torch.cat([reference[:7](images) for images, _ in data()]).detach().double()
-    size = float(features.square().sum(0).max().sqrt())
-    factor = math.sqrt(2) * math.sqrt(2) * 3 / 40
-    expected = factor * (4 * size * math.sqrt(2 * math.log(8)) + 2 * math.sqrt(40)) * (1 + 1e-5)
+    zeroed = copy.deepcopy(model)
+    nn.init.zeros_(zeroed[7].bias)
+    without = certify(zeroed, data(), radii=radii | {"7.bias": 0.0}, **common)
+    counts = torch.cat([labels for _, labels in data()]).bincount().double()
+    added = 2 / 40 * (3 * math.sqrt(40) + float(counts.sqrt().sum())) * (1 + 1e-5)
+    parts = [10 ** dict(each.distance.parts)["frozen"] for each in (found, without)]
     assert found.paid == ()
-    assert 10 ** dict(found.distance.parts)["frozen"] == pytest.approx(expected, rel=1e-5)
+    assert parts[0] - parts[1] == pytest.approx(added, rel=1e-5)
     assert found.head_bias == pytest.approx(2.0, rel=1e-4)
     with pytest.raises(ConfigurationError, match=r"7\.bias is at mars distance .* outside of its declared radius"):
         certify(model, data(), radii=radii | {"7.bias": 1e-3}, **common)
@@ -268,7 +271,7 @@ def test_a_small_suffix_on_many_examples_is_not_vacuous():
     with torch.no_grad():
         reference[4].weight.copy_(torch.tensor([[1.0, -1.0, 0, 0], [-1.0, 1.0, 0, 0]]))
     model = moved(reference, 1e-4, only=lambda n: n == "2.weight")
-    count = 200_000
+    count = 40_000
     labels = torch.arange(count) % 2
     images = nn.functional.one_hot(labels, 2).float() + 0.1 * torch.rand(count, 2)
     found = certify(
@@ -283,7 +286,7 @@ def test_a_small_suffix_on_many_examples_is_not_vacuous():
     )
     assert not found.vacuous
     assert found.empirical_error == 0
-    assert found.total < 0.5
+    assert found.total < 0.2
 
 
 def test_vacuous_is_what_promises_nothing():

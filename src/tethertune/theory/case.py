@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from tethertune.theory import calculus, certificate, printed
+from tethertune.theory import calculus, printed
 from tethertune.theory.bounds import Bound, Layer, log, log_sum, to_log10
 from tethertune.theory.classes import NetworkClass
 from tethertune.theory.graph import Network
@@ -64,11 +64,13 @@ class Case:
         network: The traced network.
         sample: What was seen of the training sample.
         input_bound: A bound, known before the data, of the absolute value of every entry of every input.
+        delta: The probability that the drawn signs for the frozen features may fail with; ``None``: draw none.
     """
 
     network: Network
     sample: Sample
     input_bound: float | None = None
+    delta: float | None = None
 
     def moved(self, balls: Mapping[int, Ball]) -> calculus.Tail:
         """The pair (v, a) of what has moved of the features."""
@@ -79,38 +81,34 @@ class Case:
         """The pair (v, a) of the features."""
         return walk(self.network, Product(balls, self.sample.log_input, self.sample.size))
 
-    @property
-    def frozen(self) -> calculus.Tail:
-        """The pair (v, a) of the frozen features."""
-        head = self.network.head
-        return calculus.sub_gaussian(self.sample.log_features[head.call], head.fan_in)
+    def head(self, tail: calculus.Tail, choice: NetworkClass, loss: Loss) -> float:
+        """``log`` of the complexity that the head makes of features with a pair (v, a)."""
+        classes = self.sample.scores.classes
+        return self._scaled(math.log(2 * classes) + tail.log_expectation, choice.head_bound, loss)
 
-    def weights(self, tail: calculus.Tail, choice: NetworkClass, loss: Loss) -> float:
-        """``log`` of the complexity that the head's weights make of features with a pair (v, a)."""
-        return self._head(tail.log_expectation, choice.head_bound, loss)
+    def frozen(self, choice: NetworkClass, loss: Loss) -> float:
+        """``log`` of the complexity of the head on the reference's features, and of its bias."""
+        weights = self._scaled(self.sample.frozen.log_bound(self.delta), choice.head_bound, loss)
+        return log_sum((weights, self.bias(choice, loss)))
 
     def bias(self, choice: NetworkClass, loss: Loss) -> float:
         """``log`` of the complexity that the head's bias adds: a weight on the constant 1, ``E |sum s| <= sqrt(m)``."""
-        return self._head(0.5 * math.log(self.sample.size), choice.head_bias, loss)
+        sample = self.sample
+        constant = sample.scores.classes * math.sqrt(sample.size) + sample.root_counts
+        return self._scaled(math.log(constant), choice.head_bias, loss)
 
-    def _head(self, log_features: float, bound: float, loss: Loss) -> float:
-        if bound == 0:
-            return -math.inf
-        return certificate.head_complexity(
-            log_features, bound, self.sample.size, self.sample.scores.classes, loss.lipschitz
-        )
+    def _scaled(self, log_sums: float, bound: float, loss: Loss) -> float:
+        return log(loss.slope) + log(bound) + log_sums - math.log(self.sample.size)
 
     def distance(self, balls: Mapping[int, Ball], choice: NetworkClass, loss: Loss) -> float:
         """``log`` of the distance bound, frozen part and bias included."""
-        tails = (self.frozen, self.moved(balls))
-        return log_sum((*(self.weights(tail, choice, loss) for tail in tails), self.bias(choice, loss)))
+        return log_sum((self.frozen(choice, loss), self.head(self.moved(balls), choice, loss)))
 
     def bounds(self, choice: NetworkClass, loss: Loss) -> Bounds:
         """All bounds of one class and one loss."""
-        bias = self.bias(choice, loss)
-        frozen = log_sum((self.weights(self.frozen, choice, loss), bias))
-        moved = self.weights(self.moved(choice.balls), choice, loss)
-        product = log_sum((self.weights(self.product(choice.balls), choice, loss), bias))
+        frozen = self.frozen(choice, loss)
+        moved = self.head(self.moved(choice.balls), choice, loss)
+        product = log_sum((self.head(self.product(choice.balls), choice, loss), self.bias(choice, loss)))
         perturbation = None
         if self.input_bound is not None:
             most = walk(self.network, Perturbation(choice.balls, self.input_bound))

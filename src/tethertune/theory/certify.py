@@ -29,6 +29,8 @@ __all__ = ["Certificate", "LayerReport", "certify"]
 
 _MARGINS = range(-60, 61)
 """Grid cells that a ramp loss's margin is looked for in."""
+_DRAWN = 0.01
+"""The part of delta that the signs drawn for the frozen features may fail with."""
 _STEP = 1e-3
 """Relative step of the finite differences that elasticities are found with."""
 
@@ -244,7 +246,8 @@ def certify(
         raise ConfigurationError(
             f"input_bound={input_bound}, but the sample has an entry of size {sample.input_sup:.6g}: it is no bound."
         )
-    case = Case(network, sample, input_bound)
+    drawn = _DRAWN * delta
+    case = Case(network, sample, input_bound, drawn)
     found = [
         _Outcome(
             case.bounds(choice, option),
@@ -252,7 +255,7 @@ def certify(
             choice.price + price,
             certificate.confidence(
                 sample.size,
-                delta / len(choices),
+                (delta - drawn) / len(choices),
                 option.largest(sample.scores.classes),
                 price=choice.price + price,
             ),

@@ -1,11 +1,14 @@
-"""Bounded losses that certificates are about, each at least 1 on every mistake, so that they bound the error too.
+"""Losses that certificates are about; the bounded ones are at least 1 on every mistake, so they bound the error too.
 
-``lipschitz`` is the Lipschitz constant in the l2 norm of the logits, ``sup_lipschitz`` that in the sup norm.
+All are functions of how much the label's logit exceeds the maximum of the others (the ramp), or the soft maximum
+``log sum_k exp z_k`` of all (cross-entropy). With the Lipschitz constant of that function, the ``slope``, their
+complexity is bounded class by class (docs/theory.md), which is sharper than what the Lipschitz constant in the logits
+gives.
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -48,23 +51,49 @@ class Scores:
         return float((self.margins <= 0).double().mean())
 
 
-class Loss(Protocol):
+class Loss(ABC):
     """A loss that a certificate can be about."""
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    @abstractmethod
+    def name(self) -> str:
+        """What it is, with its parameter."""
+
     @property
-    def lipschitz(self) -> float: ...  # noqa: D102
+    @abstractmethod
+    def slope(self) -> float:
+        """Lipschitz constant in the logit of the label less the (soft) maximum of the others."""
+
     @property
-    def sup_lipschitz(self) -> float: ...  # noqa: D102
+    @abstractmethod
+    def bounds_error(self) -> bool:
+        """Whether it is at least 1 on every mistake and on every tie."""
+
+    @abstractmethod
+    def largest(self, classes: int) -> float:
+        """b, the largest value, for a number of classes."""
+
+    @abstractmethod
+    def values(self, scores: Scores) -> Tensor:
+        """The loss of each example, (m,), float64."""
+
+    def mean(self, scores: Scores) -> float:
+        """Mean over the sample."""
+        return float(self.values(scores).mean())
+
     @property
-    def bounds_error(self) -> bool: ...  # noqa: D102
-    def largest(self, classes: int) -> float: ...  # noqa: D102
-    def mean(self, scores: Scores) -> float: ...  # noqa: D102
+    def lipschitz(self) -> float:
+        """rho, the Lipschitz constant in the l2 norm of the logits: ``sqrt(2) slope``."""
+        return math.sqrt(2) * self.slope
+
+    @property
+    def sup_lipschitz(self) -> float:
+        """The Lipschitz constant in the sup norm of the logits: ``2 slope``."""
+        return 2 * self.slope
 
 
 @dataclass(frozen=True)
-class Ramp:
+class Ramp(Loss):
     """``clip(1 - M / margin, 0, 1)`` of the margin M of the label's logit over the others.
 
     Attributes:
@@ -89,14 +118,9 @@ class Ramp:
         return self.margin
 
     @property
-    def lipschitz(self) -> float:
-        """``sqrt(2) / margin``."""
-        return math.sqrt(2) / self._fixed
-
-    @property
-    def sup_lipschitz(self) -> float:
-        """``2 / margin``."""
-        return 2 / self._fixed
+    def slope(self) -> float:
+        """``1 / margin``."""
+        return 1 / self._fixed
 
     @property
     def bounds_error(self) -> bool:
@@ -107,13 +131,13 @@ class Ramp:
         """1."""
         return 1.0
 
-    def mean(self, scores: Scores) -> float:
-        """Mean over the sample."""
-        return float((1 - scores.margins / self._fixed).clamp(0, 1).mean())
+    def values(self, scores: Scores) -> Tensor:
+        """The loss of each example."""
+        return (1 - scores.margins / self._fixed).clamp(0, 1)
 
 
 @dataclass(frozen=True)
-class ClippedCrossEntropy:
+class ClippedCrossEntropy(Loss):
     """``min(cross-entropy, clip) / clip``.
 
     Attributes:
@@ -131,14 +155,9 @@ class ClippedCrossEntropy:
         return f"clipped cross-entropy (at {self.clip:.4g} nats, normalised)"
 
     @property
-    def lipschitz(self) -> float:
-        """``sqrt(2) / clip``: the gradient ``softmax - e_y`` has l2 norm at most sqrt(2)."""
-        return math.sqrt(2) / self.clip
-
-    @property
-    def sup_lipschitz(self) -> float:
-        """``2 / clip``: its l1 norm is at most 2."""
-        return 2 / self.clip
+    def slope(self) -> float:
+        """``1 / clip``."""
+        return 1 / self.clip
 
     @property
     def bounds_error(self) -> bool:
@@ -149,13 +168,13 @@ class ClippedCrossEntropy:
         """1."""
         return 1.0
 
-    def mean(self, scores: Scores) -> float:
-        """Mean over the sample."""
-        return float((scores.cross_entropies / self.clip).clamp_max(1).mean())
+    def values(self, scores: Scores) -> Tensor:
+        """The loss of each example."""
+        return (scores.cross_entropies / self.clip).clamp_max(1)
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
+class CrossEntropy(Loss):
     """Cross-entropy as it is, for networks whose logits are bounded.
 
     Attributes:
@@ -165,8 +184,7 @@ class CrossEntropy:
     logit_bound: float = math.inf
 
     name = "cross-entropy"
-    lipschitz = math.sqrt(2)
-    sup_lipschitz = 2.0
+    slope = 1.0
     bounds_error = False
 
     def __post_init__(self) -> None:
@@ -180,6 +198,6 @@ class CrossEntropy:
         """``log(1 + (c - 1) exp(2 Z))``."""
         return 2 * self.logit_bound + math.log(classes - 1 + math.exp(-2 * self.logit_bound))
 
-    def mean(self, scores: Scores) -> float:
-        """Mean over the sample."""
-        return float(scores.cross_entropies.mean())
+    def values(self, scores: Scores) -> Tensor:
+        """The loss of each example."""
+        return scores.cross_entropies

@@ -1,6 +1,7 @@
 """One pass over the training sample: sizes of the frozen features, and the trained network's logits."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tethertune.errors import ConfigurationError
+from tethertune.theory.frozen import Draws, FrozenFeatures
 from tethertune.theory.graph import Network
 from tethertune.theory.losses import Scores
 
@@ -30,6 +32,8 @@ class Sample:
         input_norm: Largest l2 norm of an input.
         scores: Of the trained network.
         distinct: Number of different images.
+        frozen: Complexity of the reference's features that the head sees.
+        root_counts: ``sum_k sqrt(m_k)`` over the classes.
     """
 
     size: int = 0
@@ -39,6 +43,8 @@ class Sample:
     input_norm: float = 0.0
     scores: Scores = field(default_factory=Scores)
     distinct: int = 0
+    frozen: FrozenFeatures = field(default_factory=FrozenFeatures)
+    root_counts: float = 0.0
 
 
 def observe(
@@ -59,7 +65,7 @@ def observe(
     """
     state = {**network.constants, **tensors(model), **reference}
     reader = _Reader(network, state)
-    sample, hashes = Sample(), []
+    sample, hashes, counts, draws = Sample(), [], Counter[int](), None
     device = next(iter(model.parameters())).device
     squares: Tensor | None = None
     for images, labels in batches:
@@ -67,24 +73,30 @@ def observe(
             raise ConfigurationError(f"A batch has {len(images)} images and {len(labels)} labels.")
         images = images.to(device)  # noqa: PLW2901
         with torch.no_grad():
-            reader.read(images)
+            features = reader.read(images)
             logits = model(images)
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
             raise ConfigurationError(
                 f"Labels from {int(labels.min())} to {int(labels.max())} given for {logits.shape[1]} logits."
             )
         sample.scores.add(logits, labels)
+        counts.update(labels.tolist())
+        if draws is None:
+            draws = Draws(logits.shape[1], features.shape[1], device)
+        draws.add(features, labels)
         flat = images.flatten(1).double()
         sample.size += len(images)
         sample.input_sup = max(sample.input_sup, float(flat.abs().amax()))
         sample.input_norm = max(sample.input_norm, float(flat.norm(dim=1).amax()))
         squares = _plus_squares(squares, images)
         hashes.append(_hash(images))
-    if sample.size == 0 or squares is None:
+    if sample.size == 0 or squares is None or draws is None:
         raise ConfigurationError("There are no training examples: a certificate is about the sample it was trained on.")
     sample.log_input = _log_root(squares, "the input")
     sample.log_features = {name: _log_root(total, name) for name, total in reader.squares.items()}
     sample.distinct = len(torch.unique(torch.cat(hashes)))
+    sample.frozen = draws.result()
+    sample.root_counts = math.fsum(math.sqrt(count) for count in counts.values())
     return sample
 
 
@@ -128,8 +140,13 @@ class _Reader(fx.Interpreter):
         self._state = [None if name is None else state[name] for name in network.inputs]
         self._batch, self._filled, self._last = network.batch, 0, network.head.call
 
-    def read(self, images: Tensor) -> None:
-        """Take in images, in pieces of the size the graph was made for; the last is filled up and cut again."""
+    def read(self, images: Tensor) -> Tensor:
+        """Take in images, in pieces of the size the graph was made for; the last is filled up and cut again.
+
+        Returns:
+            The features that the head sees, (n, entries).
+        """
+        features = []
         for piece in images.split(self._batch):  # type: ignore[no-untyped-call]
             self._filled = len(piece)
             if self._filled < self._batch:
@@ -137,18 +154,25 @@ class _Reader(fx.Interpreter):
                 piece = torch.cat((piece, filler))  # noqa: PLW2901
             try:
                 self.run(*[piece.clone() if tensor is None else tensor for tensor in self._state])
-            except _Done:
+            except _Done as done:
                 self.env.clear()
+                features.append(done.features.flatten(1))
+        return torch.cat(features)
 
     def run_node(self, n: fx.Node) -> Any:
         """Record what a linear map reads, then run it; stop at the head."""
         if n.name in self._calls:
             args, _ = self.fetch_args_kwargs_from_env(n)
-            self.squares[n.name] = _plus_squares(self.squares.get(n.name), args[0][: self._filled])
+            values = args[0][: self._filled]
+            self.squares[n.name] = _plus_squares(self.squares.get(n.name), values)
             if n.name == self._last:
-                raise _Done
+                raise _Done(values)
         return super().run_node(n)
 
 
 class _Done(Exception):  # noqa: N818 (a signal, not an error)
-    """The head's features have been read."""
+    """The head's features have been reached."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.features = features
