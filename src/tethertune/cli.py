@@ -43,7 +43,8 @@ PANELS = {
     ),
     "Method": (
         *("method", "radius", "relative_radius", "head_radius", "strength", "head_strength"),
-        *("projection", "convention", "affine", "head_bias", "include", "exclude", "attention"),
+        *("projection", "convention", "affine", "head_bias", "include", "exclude", "freeze"),
+        "attention",
     ),
     "Training": (
         *("epochs", "batch_size", "accumulate", "optimizer", "lr", "head_lr", "weight_decay", "schedule"),

@@ -35,7 +35,20 @@ from torch import Tensor, nn
 
 from tethertune.errors import ConfigurationError, PatternError, did_you_mean
 
-__all__ = ["Convention", "Kind", "Layer", "Role", "Rows", "clean_name", "layers", "matching", "of", "select", "view"]
+__all__ = [
+    "Convention",
+    "Kind",
+    "Layer",
+    "Role",
+    "Rows",
+    "clean_name",
+    "layers",
+    "matches",
+    "matching",
+    "of",
+    "select",
+    "view",
+]
 
 Convention = Literal["operator", "authors"]
 Role = Literal["body", "head"]
@@ -284,7 +297,7 @@ def _identity(parameter: Tensor) -> int:
 
 
 def matching(names: Iterable[str], patterns: Sequence[str], argument: str) -> set[str]:
-    """The names that any pattern matches: a shell pattern (``"layer4.*"``), or a module's or parameter's own name.
+    """The names that any pattern matches, see :func:`matches`.
 
     Raises:
         PatternError: A pattern that matches nothing, with the argument it was given for.
@@ -292,7 +305,7 @@ def matching(names: Iterable[str], patterns: Sequence[str], argument: str) -> se
     names = list(names)
     hits: set[str] = set()
     for pattern in patterns:
-        hit = {n for n in names if fnmatchcase(n, pattern) or n == pattern or n.startswith(f"{pattern}.")}
+        hit = {name for name in names if matches(name, pattern)}
         if not hit:
             stems = {n.rpartition(".")[0] for n in names} | set(names)
             raise PatternError(
@@ -301,6 +314,21 @@ def matching(names: Iterable[str], patterns: Sequence[str], argument: str) -> se
             )
         hits |= hit
     return hits
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern matches a parameter: its name, or that of a module it is in.
+
+    Args:
+        name: The parameter's name, e.g. ``"layer4.0.conv1.weight"``.
+        pattern: A name (``"layer4.0"``) or a shell pattern (``"*.conv?"``), whose ``*`` matches dots too.
+
+    Example:
+        >>> [matches("layer4.0.conv1.weight", p) for p in ("layer4", "*.conv?", "layer4.0.conv1.weight", "conv1")]
+        [True, True, True, False]
+    """
+    shell = fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+    return shell or name == pattern or name.startswith(f"{pattern}.")
 
 
 def _examples(names: Sequence[str]) -> str:

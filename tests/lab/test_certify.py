@@ -140,6 +140,17 @@ def test_a_short_suffix_moves_and_the_rest_is_frozen_by_declaration(resnet):
     assert any(layer.name.startswith("layer3") and layer.distance == 0 for layer in found.layers)
 
 
+def test_a_suffix_may_move_within_its_radius_and_all_is_declared(resnet):
+    still = ("conv1", "bn1", "layer[123]*", "layer4.0.conv?", "layer4.0.bn?")
+    finding = certify(resnet(freeze=still, head_bias="frozen").path, margin=1.0)
+    found = finding.certificate
+
+    assert [layer.name for layer in found.layers if layer.distance > 0] == ["layer4.0.downsample.1"]
+    assert (found.paid, found.price) == ((), 0)
+    assert statuses(finding)[DECLARATION] == "pass"
+    assert -math.inf < dict(found.distance.parts)["moved"] < found.product.log10
+
+
 def test_a_frozen_body_leaves_the_frozen_part_alone(resnet):
     found = certify(resnet(radius=0.0).path).certificate
 

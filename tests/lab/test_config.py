@@ -115,6 +115,12 @@ def test_the_hash_is_the_same_in_every_process_and_for_ints_and_floats():
     assert other == config(include=("a",)).hash
 
 
+def test_a_slash_at_the_end_of_a_folder_makes_no_other_run():
+    for key in ("model", "data", "weights", "retain"):
+        assert config(**{key: "some/folder/"}).hash == config(**{key: "some/folder"}).hash
+    assert config(data="/").data == "/"
+
+
 def test_plain_values_are_json_even_for_an_infinite_radius():
     plain = config(radius=math.inf, include=("a", "b")).to_dict()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain

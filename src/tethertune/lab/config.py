@@ -82,6 +82,9 @@ class FinetuneConfig:
     exclude: tuple[str, ...] = ()
     """Name patterns of parameters that are left free."""
 
+    freeze: tuple[str, ...] = ()
+    """Name patterns of the body's layers that stay exactly at their pre-trained values, whatever the radius."""
+
     attention: Literal["softmax", "zscore", "sigmoid", "none"] = "softmax"
     """How delta turns a channel's importance into its weight; softmax is the paper's formula."""
 
@@ -200,6 +203,10 @@ class FinetuneConfig:
             ConfigurationError: All faults, one a line.
         """
         make_plain(self)
+        for name in _PATHS:
+            value = getattr(self, name)
+            if isinstance(value, str):  # a folder is the same run with a slash at its end
+                object.__setattr__(self, name, value.rstrip("/") or value)
         faults = [*faults_of_fields(self, _RANGES), *_combination_faults(self)]
         if faults:
             raise ConfigurationError("\n".join(faults))
@@ -424,12 +431,17 @@ def _combination_faults(config: FinetuneConfig) -> Iterator[str]:
             yield f"{_quote(key, value)} goes with --retain FOLDER: give that too, or leave it out."
 
 
+_PATHS = ("model", "data", "weights", "retain")
+"""Fields that may be the path of a folder."""
+
+
 def _methods(*kinds: str) -> tuple[str, ...]:
     return tuple(method.name for method in METHODS.values() if method.kind in kinds)
 
 
 _TAKEN_BY = {
-    **dict.fromkeys(("radius", "relative_radius", "head_radius", "affine", "head_bias"), _methods("constraint")),
+    **dict.fromkeys(("radius", "relative_radius", "head_radius"), _methods("constraint")),
+    **dict.fromkeys(("affine", "head_bias", "freeze"), _methods("constraint")),
     **dict.fromkeys(("strength", "head_strength"), _methods("penalty", "features")),
     **dict.fromkeys(("include", "exclude"), _methods("constraint", "penalty")),
     "projection": ("mars-pgm",),

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tethertune import rows
 from tethertune.constraint import Constraint
 from tethertune.errors import ConfigurationError
 from tethertune.features import FeaturePenalty, attention_weights
@@ -78,14 +79,15 @@ class Balls(Regulariser):
         assert method.norm is not None
         radius = config.radius if config.relative_radius is None else Relative(config.relative_radius)
         assert radius is not None
+        still = _still(config, loaded)
         self._model = loaded.model
         self.constraint: Constraint = Constraint(
             loaded.model,
             norm=method.norm,
-            radius=radius,
+            radius={**dict.fromkeys(still, 0.0), "*": radius} if still else radius,
             head=loaded.head,
             head_radius=config.head_radius,
-            include=config.include,
+            include=(*config.include, *still),
             exclude=config.exclude,
             affine=config.affine,
             head_bias=config.head_bias,
@@ -101,8 +103,8 @@ class Balls(Regulariser):
     def at_radius(self) -> float | None:
         """The share of constrained rows that are at their radius."""
         distances = self.constraint.distances().values()
-        rows = sum(distance.rows for distance in distances)
-        return sum(distance.active_rows for distance in distances) / rows if rows else None
+        total = sum(distance.rows for distance in distances)
+        return sum(distance.active_rows for distance in distances) / total if total else None
 
     def frozen(self) -> list[nn.Parameter]:
         """Parameters of the body in a ball of radius 0."""
@@ -116,6 +118,22 @@ class Balls(Regulariser):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Check the reference."""
         self.constraint.load_state_dict(state)
+
+
+def _still(config: FinetuneConfig, loaded: LoadedModel) -> list[str]:
+    """Names of the body's parameters that ``freeze`` holds, those of biases and normalisation layers among them.
+
+    Raises:
+        PatternError: A pattern that matches no parameter of the body.
+        ConfigurationError: One that is left free at the same time.
+    """
+    layers = rows.layers(loaded.model, head=loaded.head, convention=config.convention)
+    names = [name for layer in layers if layer.role == "body" for name in layer.names]
+    still = rows.matching(names, config.freeze, "freeze")
+    free = rows.matching([name for layer in layers for name in layer.names], config.exclude, "exclude") & still
+    if free:
+        raise ConfigurationError(f"{min(free)} is both in --freeze and in --exclude, which leaves it free: drop one.")
+    return [name for name in names if name in still]
 
 
 class WeightPenalty(Regulariser):

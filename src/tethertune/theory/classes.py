@@ -8,12 +8,12 @@ then the result is a measurement, not a certificate.
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from tethertune import rows
 from tethertune.errors import ConfigurationError, PatternError, ReferenceMismatchError, did_you_mean
 from tethertune.theory import grid
 from tethertune.theory.graph import Linear, Network
@@ -251,17 +251,17 @@ def _head(
     """B_V and the bound of the bias: each its declared ball's, or the grid's."""
     assert head.weight is not None
     weight, bias = head.folded(state)
-    rows = float(weight.abs().sum(1).max())
+    largest = float(weight.abs().sum(1).max())
     highest = 0.0 if bias is None else float(bias.abs().max())
     if mode == "measured":
-        return rows, highest
+        return largest, highest
     radius = radii.get(head.weight, math.inf)
     if mode == "grid" or not math.isfinite(radius):
-        bound = purse.cover("the head's norm", [rows], [1.0])[0]
+        bound = purse.cover("the head's norm", [largest], [1.0])[0]
     else:
         if radius == 0:
             raise ConfigurationError(f"The declared radius of the head is {radius}: it must be above 0.")
-        _check_inside(head.weight, float(weight.norm()) if norm == "frobenius" else rows, radius, norm)
+        _check_inside(head.weight, float(weight.norm()) if norm == "frobenius" else largest, radius, norm)
         bound = radius * _SLACK * _row_factor(head, weight, norm)
     if head.bias is None:
         return bound, 0.0
@@ -285,9 +285,7 @@ def _names(node: Linear) -> Iterable[str]:
 
 
 def _matches(node: Linear, patterns: Collection[str]) -> bool:
-    return any(
-        fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for name in _names(node) for pattern in patterns
-    )
+    return any(rows.matches(name, pattern) for name in _names(node) for pattern in patterns)
 
 
 def _check_word(argument: str, given: str, allowed: Sequence[str]) -> None:
