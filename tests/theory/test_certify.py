@@ -398,18 +398,3 @@ def test_weights_that_are_not_finite_are_refused():
         model[3].weight[0, 0, 0, 0] = math.nan
     with pytest.raises(ConfigurationError, match="not finite"):
         certify(model, data(), reference=reference, head="7")
-
-
-def test_measurements_for_any_network():
-    torch.manual_seed(0)
-    reference = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))
-    model = moved(reference)
-    with pytest.raises(theory.NotCoveredError):
-        certify(model, data(size=(4,)), reference=reference, head="2")
-    (only,) = theory.measurements(model, reference=reference, head="2")
-    assert (only.name, only.share) == ("0.weight", 1.0)
-    difference = (model[0].weight - reference[0].weight).detach().double()
-    assert only.distance == pytest.approx(float(difference.abs().sum(1).max()), rel=1e-6)
-    assert only.frobenius == pytest.approx(float(difference.norm()), rel=1e-6)
-    with pytest.raises(ReferenceMismatchError, match=r"has no 0.weight"):
-        theory.measurements(model, reference={})
