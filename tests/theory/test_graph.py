@@ -85,6 +85,11 @@ def test_functions_become_nodes(function, expected):
         (lambda m, x: functional.conv2d(x, m.other.weight * 2), "weight is computed"),
         (lambda _, x: torch.sin(x), "the operator sin is not known"),
         (lambda _, x: torch.cat((x, x))[:2], "joins batches"),
+        (lambda _, x: functional.dropout(x, 0.5, training=True), "dropout that is on in eval mode"),
+        (lambda _, x: torch.div(x, 0.1, rounding_mode="floor"), "it rounds"),
+        (lambda m, x: torch.clamp(x, min=m.other.bias.sum()), "its min is computed"),
+        (lambda _, x: functional.celu(x, alpha=-1.0), "its alpha is -1, not above 0"),
+        (lambda _, x: functional.softplus(x, beta=-1.0), "its beta is -1, not above 0"),
     ],
 )
 def test_what_is_not_covered_is_refused_by_name(function, names):
@@ -150,6 +155,30 @@ def test_folded_weights_are_those_of_the_network():
     weight, bias = network.nodes[1].folded(tensors(model))
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(functional.conv2d(x, weight.float(), bias.float(), padding=1), model.norm(model.conv(x)))
+
+
+def test_logits_that_grow_after_the_head_are_refused_and_others_are_not():
+    class Scaled(Net):
+        def forward(self, x):
+            return super().forward(x) * self.factor
+
+    for factor, grows in ((10.0, True), (0.5, False)):
+        model = Scaled(lambda _, x: x)
+        model.factor = factor
+        if grows:
+            with pytest.raises(NotCoveredError, match="10 times as large after the head"):
+                trace(model.eval(), IMAGES, head="fc")
+        else:
+            assert trace(model.eval(), IMAGES, head="fc").head.weight == "fc.weight"
+
+
+def test_batch_norm_over_places_scales_no_rows():
+    """A Linear layer applied at as many places as it has outputs: the batch norm's channels are the places."""
+    model = nn.Sequential(nn.Flatten(2), nn.Linear(64, 3), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(9, 2)).eval()
+    network = trace(model, IMAGES, head="4")
+    maps = list(network.linears.values())
+    assert [node.norm is None for node in maps] == [True, False]
+    assert maps[1].weight is None
 
 
 def test_heads():

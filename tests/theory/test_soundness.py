@@ -71,11 +71,18 @@ def normalised_first():
     )
 
 
+def placed():
+    return nn.Sequential(
+        nn.Flatten(2), nn.Linear(16, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Flatten(), nn.Linear(9, 4), nn.Hardswish(),
+        nn.Linear(4, 2),
+    )  # fmt: skip
+
+
 def prepare(make, seed):
     torch.manual_seed(seed)
     model = make().double().eval()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_(0, 0.3)
             module.running_var.uniform_(0.5, 2.0)
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -145,7 +152,7 @@ def searched(model, head, network, state, balls, *, images, frozen, generator):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("make", [mlp, leaky, shifted, pooled, residual, normalised_first])
+@pytest.mark.parametrize("make", [mlp, leaky, shifted, pooled, residual, normalised_first, placed])
 def test_no_network_of_the_class_exceeds_the_bounds(make, seed):
     model, head, network, state, sample, images = prepare(make, seed)
     generator = torch.Generator().manual_seed(seed)

@@ -320,6 +320,8 @@ class _Reader:
             raise NotCoveredError("the output", "a network must return one tensor of logits")
         index = self.at[outputs[0].name]
         while isinstance(last := self.nodes[index], Fixed) and last.size == self.nodes[last.inputs[0]].size:
+            if last.factor > 1:
+                raise NotCoveredError(last.name, f"it makes the logits {last.factor:g} times as large after the head")
             (index,) = last.inputs
         if not isinstance(last, Linear) or last.weight != f"{head}.weight" or last.norm is not None:
             raise ConfigurationError(
@@ -345,7 +347,10 @@ class _Reader:
         name = name.rstrip("_") if inplace else name
         values = _arguments(node)
         if name in ACTIVATIONS:
-            lipschitz, at_zero, ceiling = ACTIVATIONS[name](values)
+            try:
+                lipschitz, at_zero, ceiling = ACTIVATIONS[name](values)
+            except ValueError as error:
+                raise NotCoveredError(self._path, str(error)) from error
             index = self._index(values.get("self", values.get("input")))
             self._add(node, Elementwise(self._path, (index,), _entries(node), lipschitz, at_zero, ceiling))
         elif name in _COORDINATES:
@@ -390,6 +395,8 @@ class _Reader:
         index = self._index(source)
         shapes = [value.meta["val"] for value in (source, node)]
         before, after = ([v] if isinstance(v, Tensor) else list(v) for v in shapes)
+        if values.get("train") and values["p"]:
+            raise NotCoveredError(self._path, "dropout that is on in eval mode is random")
         if not _keeps_examples(name, values, before[0], after[0], self.batch):
             raise NotCoveredError(self._path, f"{name} moves entries from one example to another")
         size = sum(_tensor_entries(value) for value in after)
@@ -453,7 +460,7 @@ class _Reader:
         norm = BatchNorm(names[0], names[1], names[2], names[3], values["eps"])
         index = self._index(source)
         before = self.nodes[index]
-        if isinstance(before, Linear) and before.norm is None and before.weight is not None and len(source.users) == 1:
+        if isinstance(before, Linear) and _can_fold(before) and len(source.users) == 1:
             self.nodes[index] = replace(before, norm=norm)
             self.at[node.name] = index
             self.storage[node.name] = node.name
@@ -544,6 +551,8 @@ class _Reader:
 
     def _quotient(self, node: fx.Node, values: Mapping[str, Any]) -> None:
         other = values["other"]
+        if values.get("rounding_mode"):
+            raise NotCoveredError(self._path, "it rounds, which is not continuous")
         if not isinstance(other, (int, float)):
             raise NotCoveredError(self._path, "it divides features by features or by a learned scale")
         self._fixed(node, values["self"], 1 / abs(float(other)))
@@ -579,6 +588,12 @@ class _Reader:
 
 
 _Handler = Callable[[_Reader, fx.Node, Mapping[str, Any]], None]
+
+
+def _can_fold(map_: Linear) -> bool:
+    """Whether a batch norm after a map scales its rows: not where the map acts at places that are its channels."""
+    at_places = isinstance(map_.geometry, Dense) and map_.geometry.copies != 1
+    return map_.norm is None and map_.weight is not None and not at_places
 
 
 def _two_axes(axes: list[Axis], groups: int, *, transposed: bool = False) -> Convolution:
