@@ -58,6 +58,22 @@ def test_it_sees_the_reference_features_and_the_trained_logits(sizes):
     assert found.frozen.massart == pytest.approx(math.sqrt(2 * math.log(8)) * sum(roots), rel=1e-5)
 
 
+def test_a_body_that_has_not_moved_is_run_once_and_gives_the_trained_heads_logits():
+    model, reference, images, labels = make()
+    head = model[6].weight.detach().clone()
+    model.load_state_dict(reference.state_dict())
+    model[6].weight.data.copy_(head)
+    network = trace(model, images[:4], head="6")
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    found = observe(network, model, tensors(reference), [(images, labels)])
+    assert not calls
+    logits = model(images).detach().double()
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    margins = own - logits.scatter(1, labels[:, None], -math.inf).amax(1)
+    assert found.scores.margins.tolist() == pytest.approx(margins.tolist(), abs=1e-6)
+
+
 def test_repeated_images_are_counted_once_wherever_they_are():
     model, reference, images, labels = make()
     network = trace(model, images[:4], head="6")

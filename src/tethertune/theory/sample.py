@@ -57,14 +57,16 @@ def observe(
     Args:
         network: The traced network.
         model: The trained network, in eval mode.
-        reference: Weights and statistics of the reference network, by name.
+        reference: Weights and statistics of the reference network's body, by name.
         batches: Images (n, ...) as the network takes them, without augmentation, and labels (n,); each example once.
 
     Raises:
         ConfigurationError: No data, labels that are no classes of the network, or features that are not finite.
     """
-    state = {**network.constants, **tensors(model), **reference}
-    reader = _Reader(network, state)
+    own = tensors(model)
+    body = {name: reference[name] for node in network.linears.values() for name in node.parameters}
+    reader = _Reader(network, {**network.constants, **own, **body})
+    moved = any(not torch.equal(own[name], tensor) for name, tensor in body.items())
     sample, hashes, counts, draws = Sample(), [], Counter[int](), None
     device = next(iter(model.parameters())).device
     squares: Tensor | None = None
@@ -73,8 +75,9 @@ def observe(
             raise ConfigurationError(f"A batch has {len(images)} images and {len(labels)} labels.")
         images = images.to(device)  # noqa: PLW2901
         with torch.no_grad():
-            features = reader.read(images)
-            logits = model(images)
+            features, logits = reader.read(images)
+            if moved:  # otherwise the reference's body with the trained head is the trained network
+                logits = model(images)
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
             raise ConfigurationError(
                 f"Labels from {int(labels.min())} to {int(labels.max())} given for {logits.shape[1]} logits."
@@ -138,41 +141,32 @@ class _Reader(fx.Interpreter):
         self.squares: dict[str, Tensor] = {}
         self._calls = {node.call for node in network.linears.values()} | {network.head.call}
         self._state = [None if name is None else state[name] for name in network.inputs]
-        self._batch, self._filled, self._last = network.batch, 0, network.head.call
+        self._batch, self._filled, self._head = network.batch, 0, network.head.call
+        self._features = torch.empty(0)
 
-    def read(self, images: Tensor) -> Tensor:
+    def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Take in images, in pieces of the size the graph was made for; the last is filled up and cut again.
 
         Returns:
-            The features that the head sees, (n, entries).
+            The features that the head sees, (n, entries), and the logits, (n, classes).
         """
-        features = []
+        features, logits = [], []
         for piece in images.split(self._batch):  # type: ignore[no-untyped-call]
             self._filled = len(piece)
             if self._filled < self._batch:
                 filler = piece.new_zeros(self._batch - self._filled, *piece.shape[1:])
                 piece = torch.cat((piece, filler))  # noqa: PLW2901
-            try:
-                self.run(*[piece.clone() if tensor is None else tensor for tensor in self._state])
-            except _Done as done:
-                self.env.clear()
-                features.append(done.features.flatten(1))
-        return torch.cat(features)
+            (output,) = self.run(*[piece.clone() if tensor is None else tensor for tensor in self._state])
+            features.append(self._features.flatten(1))
+            logits.append(output[: self._filled])
+        return torch.cat(features), torch.cat(logits)
 
     def run_node(self, n: fx.Node) -> Any:
-        """Record what a linear map reads, then run it; stop at the head."""
+        """Record what a linear map reads, then run it."""
         if n.name in self._calls:
             args, _ = self.fetch_args_kwargs_from_env(n)
             values = args[0][: self._filled]
             self.squares[n.name] = _plus_squares(self.squares.get(n.name), values)
-            if n.name == self._last:
-                raise _Done(values)
+            if n.name == self._head:
+                self._features = values
         return super().run_node(n)
-
-
-class _Done(Exception):  # noqa: N818 (a signal, not an error)
-    """The head's features have been reached."""
-
-    def __init__(self, features: Tensor) -> None:
-        super().__init__()
-        self.features = features
