@@ -135,7 +135,7 @@ class Ball:
     def nbytes(self) -> int:
         """The bytes of what it knows of its rows."""
         known = [self.shift, self.centre_variance, *(self._prepared[2:] if self._prepared else ())]
-        return sum(t.numel() * t.element_size() for t in known if t is not None)
+        return sum({t.data_ptr(): t.nbytes for t in known if t is not None}.values())
 
     def _batch_norm_block(self, W: Tensor, centre: Tensor, radius: Tensor) -> Block:
         """``|w / s - w0 / s0| <= radius`` as a ball around ``w0 s / s0`` with radius ``radius * s``."""

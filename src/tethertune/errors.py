@@ -8,7 +8,7 @@
     │   └── theory.NotCoveredError          a network holds an operation that no certificate covers
     ├── AttachError                         this optimiser cannot carry the constraint
     ├── ReferenceMismatchError              a reference of another network, another shape, or another fingerprint
-    ├── NonFiniteWeightError                a row holds a NaN or an infinity
+    ├── NonFiniteWeightError (ArithmeticError)  a row holds a NaN or an infinity
     ├── CheckpointError                     a file is not a readable checkpoint
     ├── DataError                           an image, a class folder or a split cannot be used
     ├── RunError                            a run folder is of another run, or cannot be read or written

@@ -121,9 +121,9 @@ class Penalty:
         sharded = next((layer.name for layer in self.layers if is_sharded(layer.weight)), None)
         if sharded is not None:
             raise ConfigurationError(f"{sharded} is sharded over ranks: attach() the penalty instead of calling it.")
-        moved = [self._displacement(layer) for layer in self.layers]
-        values = [self._price(layer) * self._norm(T, _rows(layer)) for layer, T in zip(self.layers, moved, strict=True)]
-        return torch.stack([value.to(values[0].device) for value in values]).sum().to(moved[0].dtype)
+        values = [self._price(layer) * self._share(layer) for layer in self.layers]
+        dtype = torch.promote_types(self.layers[0].weight.dtype, torch.float32)
+        return torch.stack([value.to(values[0].device) for value in values]).sum().to(dtype)
 
     def attach(self, *optimizers: Optimizer) -> None:
         r"""Add the penalty's (sub)gradient to ``.grad`` at the beginning of every ``step()`` from now on.
@@ -220,8 +220,10 @@ class Penalty:
             return weight.new_zeros(()).expand(weight.shape)
         return self._reference.beside(layer)
 
-    def _norm(self, T: Tensor, rows: Rows) -> Tensor:
-        return norms.mars(rows.matrix(T)) if self.norm == "mars" else norms.frobenius(T).square()
+    def _share(self, layer: Layer) -> Tensor:
+        """What the layer adds at strength 1: its MARS distance, or the square of its Frobenius distance."""
+        T = self._displacement(layer)
+        return norms.mars(_rows(layer).matrix(T)) if self.norm == "mars" else norms.frobenius(T).square()
 
     @torch.no_grad()
     def _add_gradient(self, optimizer: Optimizer) -> None:

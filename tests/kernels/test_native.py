@@ -1,13 +1,11 @@
 """What is particular to the C kernels: every stored number, addresses, many blocks at once, threads, radii."""
 
-import math
-
 import pytest
 import torch
 
 from tethertune import norms
 from tethertune.kernels import native
-from tethertune.kernels.stretches import Stretches, as_stretches
+from tethertune.kernels.stretches import Stretches
 
 SIXTEEN = [torch.bfloat16, torch.float16]
 
@@ -113,22 +111,3 @@ def test_what_it_takes():
     assert not native.supports(Stretches(W.double(), W, radius))
     assert not native.supports(Stretches(W, W.double(), radius))
     assert not native.supports(Stretches(W, W.to("meta"), radius))
-
-
-def test_stretches_are_rows_without_gaps_in_one_order():
-    W, radius = torch.randn(6, 4, 3, 3), torch.ones(6, dtype=torch.float64)
-    last = W.contiguous(memory_format=torch.channels_last)
-
-    def take(W, centre, by_row=True):
-        return as_stretches(W, centre, radius[: len(W)], size=math.inf, by_row=by_row)
-
-    assert take(W, W).weight.shape == (6, 36)
-    assert take(W, W, by_row=False).weight.shape == (1, 216)
-    assert take(last, last).weight.data_ptr() == last.data_ptr()
-    assert take(W, torch.zeros(()).expand(W.shape)).centre is None
-    assert take(W[::2], W[:3]).weight.stride() == (72, 1)
-    assert take(W[::2], W[:3], by_row=False).weight.shape == (3, 36)
-    assert take(W, last) is None
-    assert take(W, torch.ones(()).expand(W.shape)) is None
-    assert take(W.transpose(0, 1), W.transpose(0, 1)) is None
-    assert take(W[:, :2, :, :1], W[:, :2, :, :1]) is None

@@ -168,6 +168,6 @@ def measure_penalty(penalty: Penalty, log: Log) -> dict[str, float]:
     values = {"tether/penalty": float(penalty())}
     if log == "layers":
         for layer in penalty.layers:
-            norm = float(penalty._norm(penalty._displacement(layer), layer.rows))
-            values[f"distance/{layer.name}"] = math.sqrt(norm) if penalty.norm == "frobenius" else norm
+            share = float(penalty._share(layer))
+            values[f"distance/{layer.name}"] = math.sqrt(share) if penalty.norm == "frobenius" else share
     return values

@@ -42,7 +42,7 @@ def as_stretches(weight: Tensor, centre: Tensor, radius: Tensor, *, size: float,
     constant = not any(centre.stride())
     if not gapless_rows(weight, columns) or (constant and bool(centre[(0,) * centre.ndim])):
         return None
-    if not constant and weight.stride()[1:] != centre.stride()[1:]:
+    if not constant and _order(weight) != _order(centre):
         return None
     steps = [weight.stride(0), columns if constant else centre.stride(0)]
     if not by_row and (rows == 1 or steps == [columns, columns]):
@@ -53,3 +53,8 @@ def as_stretches(weight: Tensor, centre: Tensor, radius: Tensor, *, size: float,
         radius.contiguous() if by_row else radius[:1],
         size,
     )
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """The steps in memory along a row; those of axes of one entry mean nothing."""
+    return [step for step, size in zip(tensor.stride()[1:], tensor.shape[1:], strict=True) if size > 1]
