@@ -252,6 +252,37 @@ def test_a_reference_given_by_its_file(resnet, weights):
     assert given.certificate == certify(run.path).certificate
 
 
+def test_around_another_reference_nothing_was_declared(resnet, tmp_path):
+    run = resnet(head_bias="frozen")
+    shutil.copy(run.path / "model.safetensors", tmp_path / "other.safetensors")
+    finding = certify(run.path, reference=str(tmp_path / "other.safetensors"), margin=1.0)
+
+    assert finding.certificate.mode == "grid"
+    assert finding.certificate.price > 0
+    assert statuses(finding)[DECLARATION] == "fail"
+    assert "around other weights than --reference" in details(finding)[DECLARATION]
+    with pytest.raises(ConfigurationError, match="declares no radii"):
+        certify(run.path, reference=str(tmp_path / "other.safetensors"), mode="declared")
+
+
+def test_a_reference_that_is_a_run_of_the_same_images_however_it_is_named(resnet, weights):
+    first = resnet(epochs=2)
+    third = resnet(model=str(resnet(model=str(first.path), weights=None).path), weights=None, head_radius=2.0)
+    independence = "the reference is independent of the training sample"
+
+    assert statuses(certify(third.path))[independence] == "fail"
+    for place in (first.path, first.path / "model.safetensors"):
+        assert statuses(certify(resnet().path, reference=str(place)))[independence] == "fail"
+    assert statuses(certify(resnet().path, reference=str(weights)))[independence] == "unknown"
+
+
+def test_the_authors_scales_with_frozen_affine_are_paid_for(resnet):
+    finding = certify(resnet(convention="authors", radius=0.5).path)
+
+    assert statuses(finding).get(DECLARATION, "fail") == "fail"
+    assert finding.certificate.price > 0
+
+
 def test_a_network_that_no_bound_covers(tiny):
     run = finetune(tiny(epochs=1), quiet=True)
     finding = certify(run.path)

@@ -142,6 +142,24 @@ def test_refusals(options, error, says):
         chosen(**options)
 
 
+@pytest.mark.parametrize("name", ["8.weight", "8.bias"])
+def test_a_head_that_is_not_a_number_is_in_no_ball(name):
+    network, state, before = make()
+    state[name] = torch.full_like(state[name], math.nan)
+    radii = {"0.weight": 1.0, "3.weight": 2.0, "5.weight": 3.0, "8.weight": 30.0, "8.bias": 1.0}
+    measured = measure(network, state, before)
+    with pytest.raises(ConfigurationError, match="outside of its declared radius"):
+        choose(network, measured, state, before, mode="declared", affine="frozen", radii=radii)
+
+
+def test_a_pattern_freezes_what_it_names_and_nothing_that_is_folded_with_it():
+    for pattern in ("1", "1.bias", "0"):  # the batch norm, its bias, the convolution: not both
+        choice, _, balls, _ = chosen(("3.weight", "8.weight"), mode="grid", frozen=[pattern])
+        assert balls[0].distance > 0
+        assert choice.paid[0] == "distances of 3 layers"
+    assert chosen(("3.weight", "8.weight"), mode="grid", frozen=["0", "1"])[2][0].distance == 0
+
+
 def test_a_bias_that_moved_is_not_frozen():
     with pytest.raises(ConfigurationError, match="its bias or batch norm has moved"):
         chosen(("3.bias",), mode="grid", affine="frozen")

@@ -90,12 +90,45 @@ def test_functions_become_nodes(function, expected):
         (lambda m, x: torch.clamp(x, min=m.other.bias.sum()), "its min is computed"),
         (lambda _, x: functional.celu(x, alpha=-1.0), "its alpha is -1, not above 0"),
         (lambda _, x: functional.softplus(x, beta=-1.0), "its beta is -1, not above 0"),
+        (lambda _, x: functional.softplus(x, 1.0, 0.0), "its threshold is 0, where it jumps"),
+        (lambda _, x: functional.max_pool1d(x.mean((2, 3)), 4).expand(-1, 4), "max_pool1d takes a value of 2 axes"),
+        (
+            lambda _, x: functional.max_pool2d(x.mean(1), [8]).flatten(1).expand(-1, 4),
+            "max_pool2d takes a value of 3 axes",
+        ),
+        (
+            lambda _, x: functional.avg_pool2d(x.mean(1), 8, divisor_override=1).flatten(1).expand(-1, 4),
+            "avg_pool2d takes a value of 3 axes",
+        ),
+        (lambda _, x: functional.pad(x, (0, 0, 0, 0, 0, 0, 1, -1)), "pads the axis of the examples"),
+        (lambda _, x: functional.hardtanh(x.view(torch.int32) * 1e-6), "turns torch.float32 into torch.int32"),
+        (lambda _, x: x.double().float(), "turns torch.float32 into torch.float64"),
+        (lambda _, x: (x.view(2, -1), torch.mul(x, 1e6, out=x))[0].view_as(x) * 1.0, "writes into its argument out"),
     ],
 )
 def test_what_is_not_covered_is_refused_by_name(function, names):
     with pytest.raises(NotCoveredError, match=names) as error:
         trace(Net(function, other=nn.Conv2d(4, 4, 1)).eval(), IMAGES, head="fc")
     assert error.value.node
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_networks_that_round_each_value_coarsely_are_refused(dtype):
+    """A rounding is a step: however little the weights move, a value on the edge moves by a whole unit."""
+    model = Net(lambda _, x: torch.relu(x)).eval().to(dtype)
+    with pytest.raises(NotCoveredError, match=f"values are {dtype}"):
+        trace(model, IMAGES.to(dtype), head="fc")
+
+
+def test_a_padded_copy_is_what_was_padded_whatever_became_of_that():
+    def function(_, x):
+        padded = functional.pad(x, (1, 1, 1, 1), value=-torch.inf)
+        x.mul_(1e-4)
+        return functional.max_pool2d(padded, 2)
+
+    network = trace(Net(function).eval(), IMAGES, head="fc")
+    pool = next(node for node in network.nodes if isinstance(node, MaxPool))
+    assert isinstance(network.nodes[pool.inputs[0]], Linear)
 
 
 def test_a_refusal_names_the_module():

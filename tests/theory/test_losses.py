@@ -55,6 +55,19 @@ def test_cross_entropy_reaches_its_range():
     assert not ClippedCrossEntropy(1.0).bounds_error
 
 
+def test_a_bound_of_the_logits_that_the_sample_breaks_is_none():
+    with pytest.raises(ConfigurationError, match=r"logit_bound=1\.0, but the sample has a logit of size 3"):
+        values(CrossEntropy(1.0), [0.0, -3.0], 0)
+    assert values(CrossEntropy(3.0), [0.0, -3.0], 0)[0] > 0
+    assert [loss.is_bounded for loss in (Ramp(), ClippedCrossEntropy(), CrossEntropy(1.0))] == [True, True, False]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_refused(value):
+    with pytest.raises(ConfigurationError, match="logits are not finite"):
+        Scores().add(torch.tensor([[0.0, value]]), torch.tensor([0]))
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [

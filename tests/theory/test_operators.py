@@ -299,5 +299,22 @@ def test_a_convolution_that_does_more_than_convolve_is_refused():
         def forward(self, x):
             return functional.conv2d(x, self.weight - self.weight.mean())
 
-    with pytest.raises(ConfigurationError, match="changes what a convolution does"):
+    with pytest.raises(ConfigurationError, match="changes what its base class computes"):
         operator_norms(Standardised(1, 1, 3), (1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("base", "arguments", "size"),
+    [
+        (nn.Linear, (3, 2), (3,)),
+        (nn.BatchNorm2d, (3,), (3, 4, 4)),
+        (nn.AvgPool2d, (2,), (3, 4, 4)),
+        (nn.ConvTranspose2d, (3, 2, 2), (3, 4, 4)),
+    ],
+)
+def test_a_layer_that_computes_more_than_its_base_class_is_refused(base, arguments, size):
+    other = type("Other", (base,), {"forward": lambda self, x: 2 * super(type(self), self).forward(x)})
+    with pytest.raises(ConfigurationError, match="Other changes what its base class computes"):
+        operator_norms(other(*arguments).eval(), size)
+    same = type("Same", (base,), {})
+    assert operator_norms(same(*arguments).eval(), size).mars > 0

@@ -44,6 +44,11 @@ ModeName = Literal["declared", "grid"]
 
 _BATCH = 64
 """Images in one forward pass."""
+_ANOTHER_CENTRE = Check(
+    "the run's configuration declares every radius",
+    "fail",
+    "its balls are around other weights than --reference: all distances are paid for on the grid",
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class _Subject:
     source: str
     declared: _Declared
     run: Run | None
+    seen: frozenset[str]  # fingerprints of images that the reference learned from, as far as runs tell
 
 
 def certify(
@@ -195,7 +201,8 @@ def _certify(
         input_bound=bound,
         facts=_facts(subject, dataset),
     )
-    checks = [declared.check] if mode == "declared" and declared.check is not None else []
+    shown = mode == "declared" or declared.check is _ANOTHER_CENTRE
+    checks = [declared.check] if shown and declared.check is not None else []
     if subject.run is not None and subject.run.config.label_noise:
         noise = f"--label-noise {subject.run.config.label_noise:g}: it is about images with as many wrong labels"
         checks.append(Check("the labels are those of new images", "fail", noise))
@@ -203,11 +210,12 @@ def _certify(
 
 
 def _frozen(loaded: LoadedModel, declared: _Declared) -> list[str]:
-    """The linear maps all of whose tensors, those of a folded batch norm too, were held at the reference."""
+    """Parameters of the linear maps all of whose tensors, a folded batch norm's too, were held at the reference."""
     if declared.affine == "frozen" or not any(radius == 0 for radius in declared.radii.values()):
         return []
     network = theory.trace(loaded.model, torch.zeros(2, 3, loaded.size, loaded.size), head=loaded.head)
-    return [node.name for node in network.linears.values() if declared.held.issuperset(node.parameters)]
+    still = (node for node in network.linears.values() if declared.held.issuperset(node.parameters))
+    return [name for node in still for name in node.parameters]
 
 
 def _stream(split: data.Split, loaded: LoadedModel) -> Iterator[tuple[Tensor, Tensor]]:
@@ -222,24 +230,29 @@ def _stream(split: data.Split, loaded: LoadedModel) -> Iterator[tuple[Tensor, Te
 
 
 def _facts(subject: _Subject, dataset: data.Dataset) -> Facts:
-    """What a run knows of how it was made. That examples are independent, only whoever drew them can know."""
+    """What runs know of how it was made. That examples are independent, only whoever drew them can know."""
+    independent = False if dataset.fingerprint in subject.seen else None
     run = subject.run
     if run is None:
-        return Facts()
+        return Facts(independent_reference=independent)
     told = run.info["data"]
-    same = told["fingerprint"] == dataset.fingerprint and told["sizes"]["train"] == len(dataset.train)
     return Facts(
-        independent_reference=False if _learned_from(run) == told["fingerprint"] else None,
-        same_data=same,
+        independent_reference=independent,
+        same_data=told["fingerprint"] == dataset.fingerprint and told["sizes"]["train"] == len(dataset.train),
         same_preprocessing=True,
     )
 
 
-def _learned_from(run: Run) -> str | None:
-    """The fingerprint of the images that the reference was trained on, where it is a run that says."""
-    config = run.info["config"]
-    base = Path(config["weights"] or config["model"])
-    return runs.load(base).info["data"]["fingerprint"] if (base / "run.json").is_file() else None
+def _seen(place: str | None) -> frozenset[str]:
+    """Fingerprints of the images of a run, given by its folder or a file in it, and of the runs it was trained from."""
+    if place is None:
+        return frozenset()
+    path = Path(place)
+    folder = path.parent if path.is_file() else path
+    if not (folder / "run.json").is_file():
+        return frozenset()
+    info = runs.load(folder).info
+    return frozenset({info["data"]["fingerprint"]}) | _seen(info["config"]["weights"] or info["config"]["model"])
 
 
 def _of_run(run: Run, reference: str | None) -> _Subject:
@@ -248,19 +261,27 @@ def _of_run(run: Run, reference: str | None) -> _Subject:
         raise RunError(f"{run.path} is not complete: give the command of the run again, it resumes.")
     config, told = run.config, run.info["model"]
     loaded = inputs.network(replace(config, size=told["size"]), classes=len(run.info["data"]["classes"]))
-    source = loaded.source
+    source, same = loaded.source, loaded.weights_sha256 == told["weights_sha256"]
     if reference is not None:
+        before = _copy(loaded.model)
         centre, source = distances.centre(run.path, reference, loaded.name)
         _take(loaded, centre, source, with_head=False)
-    elif loaded.weights_sha256 != told["weights_sha256"]:
+        same = same and all(torch.equal(before[name], tensor) for name, tensor in loaded.model.state_dict().items())
+        same = same or _is_file_of(reference, told["weights_sha256"])
+    elif not same:
         raise CheckpointError(
             f"{run.path} was trained from {told['source']} (SHA-256 {(told['weights_sha256'] or 'none')[:8]}), not from"
             f" {loaded.source}: give the weights it was trained from with --reference."
         )
     pretrained = _copy(loaded.model)
-    declared = _declared(config, loaded)
+    declared = _declared(config, loaded) if same else _Declared({}, check=_ANOTHER_CENTRE)
     _take(loaded, checkpoints.load_state_dict(run.path), str(run.path), with_head=True)
-    return _Subject(loaded, pretrained, source, declared, run)
+    return _Subject(loaded, pretrained, source, declared, run, _seen(reference or config.weights or config.model))
+
+
+def _is_file_of(reference: str, sha256: str | None) -> bool:
+    """Whether a checkpoint is the very file that a run was trained from."""
+    return Path(reference).exists() and checkpoints.sha256(checkpoints.locate(reference)) == sha256
 
 
 def _of_checkpoint(path: Path, images: str, reference: str | None, arch: str | None) -> _Subject:
@@ -280,7 +301,7 @@ def _of_checkpoint(path: Path, images: str, reference: str | None, arch: str | N
     _take(loaded, centre, source, with_head=False)
     pretrained = _copy(loaded.model)
     _take(loaded, weights, str(path), with_head=True)
-    return _Subject(loaded, pretrained, source, _Declared({}), None)
+    return _Subject(loaded, pretrained, source, _Declared({}), None, _seen(reference))
 
 
 def _take(loaded: LoadedModel, state: Mapping[str, Tensor], source: str, *, with_head: bool) -> None:
@@ -319,7 +340,8 @@ def _declared(config: FinetuneConfig, loaded: LoadedModel) -> _Declared:
     balls = {name: found.radius for name, found in constraint.distances().items()}
     layers = rows.layers(loaded.model, head=loaded.head, convention=config.convention)
     maps = {layer.name for layer in layers if layer.rows.kind == "map"}
-    affine = {layer.name for layer in layers if layer.role == "body" and layer.rows.kind in ("bias", "normalisation")}
+    kinds = ("bias", "normalisation", "scale")
+    affine = {layer.name for layer in layers if layer.role == "body" and layer.rows.kind in kinds}
     bias = f"{loaded.head}.bias"
     radii = {name: radius for name, radius in balls.items() if name in maps or name == bias}
     if config.convention != "operator":

@@ -56,6 +56,8 @@ def _celu(values: Values) -> Shape:
 
 
 def _softplus(values: Values) -> Shape:
+    if _number(values, "threshold") < 20:  # PyTorch's own: it jumps by log(1 + exp(-threshold)) / beta there
+        raise ValueError(f"its threshold is {values['threshold']:g}, where it jumps: 20 or more is covered")
     return 1.0, math.log(2) / _positive(values, "beta"), math.inf
 
 

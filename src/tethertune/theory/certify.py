@@ -146,7 +146,7 @@ class Certificate:
 
         A gap that reaches the range alone is the usual reason, whatever the empirical loss.
         """
-        return self.total is None or self.total >= self.loss_range
+        return self.total is None or not self.total < self.loss_range
 
     @property
     def samples_needed_log10(self) -> float:
@@ -203,7 +203,8 @@ def certify(
             the grid.
         norm: The norm of the radii.
         affine: ``frozen`` where biases and batch norm were held at the reference by declaration.
-        frozen: Names or patterns of layers that were held at the reference by declaration.
+        frozen: Names or patterns of layers or parameters that were held at the reference by declaration, their batch
+            norms named too.
         input_bound: A bound, known before the data, of the absolute value of every entry of every input.
         facts: What is known about how the network was trained, for the checklist.
 
@@ -291,7 +292,7 @@ def certify(
         loss_range=proven.loss.largest(sample.scores.classes),
         layers=_layers(case, proven.choice, proven.loss, measured),
         comparison=(*comparison, *proven.all),
-        checks=checklist(mode, sample, proven.choice, measured, facts or Facts()),
+        checks=checklist(mode, sample, proven.choice, measured, facts or Facts(), proven.loss),
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tethertune.theory.classes import Measured, Mode, NetworkClass
+from tethertune.theory.losses import Loss
 from tethertune.theory.sample import Sample
 
 __all__ = ["Check", "Facts", "Status", "checklist"]
@@ -47,7 +48,12 @@ class Check:
 
 
 def checklist(
-    mode: Mode, sample: Sample, choice: NetworkClass, measured: Mapping[int, Measured], facts: Facts
+    mode: Mode,
+    sample: Sample,
+    choice: NetworkClass,
+    measured: Mapping[int, Measured],
+    facts: Facts,
+    loss: Loss,
 ) -> tuple[Check, ...]:
     """The preconditions of a certificate for a network that was traced, folded and measured."""
     repeated = sample.size - sample.distinct
@@ -70,7 +76,11 @@ def checklist(
             "the fingerprint of the run's data says",
         ),
         _radii(mode, choice, facts),
-        Check("the loss is bounded", "pass", "by construction"),
+        Check("the loss is bounded", "pass", "by construction")
+        if loss.is_bounded
+        else Check(
+            "the loss is bounded", "unknown", "the bound of the logits must hold for every network of the class"
+        ),
         Check("the network is evaluated in eval mode", "pass", "dropout off, batch norm with its statistics"),
         Check("batch norm is folded into the distances", "pass", "with each network's own statistics"),
         Check(

@@ -141,7 +141,8 @@ def choose(
             ``grid`` mode too.
         norm: The norm of the radii: ``mars``, or ``frobenius`` (of the kernel).
         affine: ``frozen``: biases and batch norm were held at the reference, by declaration.
-        frozen: Names or patterns of layers that were held at the reference, by declaration.
+        frozen: Names or patterns of parameters that were held at the reference, by declaration; a map with a batch norm
+            is frozen where all of both is.
 
     Raises:
         ConfigurationError: A radius below 0, a layer outside of its declared ball, or one that was declared frozen and
@@ -158,9 +159,9 @@ def choose(
     shifts: dict[int, float] = {}
     for index, node in network.linears.items():
         found, radius = measured[index], radii.get(node.weight or "", math.inf)
-        named = _matches(node, frozen)
-        still = named or affine == "frozen"
-        held = named or radius == 0
+        others = [name for name in node.parameters if name != node.weight]
+        still = affine == "frozen" or (bool(others) and _all_match(others, frozen))
+        held = radius == 0 or _all_match([node.weight] if node.weight else others, frozen)
         _check_frozen(node, found, held=held, still=still)
         if still or node.parameters == (node.weight,):
             shifts[index] = 0.0
@@ -273,19 +274,15 @@ def _head(
 
 
 def _check_inside(name: str, distance: float, radius: float, norm: str) -> None:
-    if distance > radius * _SLACK:
+    if not distance <= radius * _SLACK:  # nor NaN
         raise ConfigurationError(
             f"{name} is at {norm} distance {distance:.6g}, outside of its declared radius {radius:.6g}: the"
             " network is not of the declared class. Use mode='grid'."
         )
 
 
-def _names(node: Linear) -> Iterable[str]:
-    return {node.name, *node.parameters}
-
-
-def _matches(node: Linear, patterns: Collection[str]) -> bool:
-    return any(rows.matches(name, pattern) for name in _names(node) for pattern in patterns)
+def _all_match(names: Iterable[str], patterns: Collection[str]) -> bool:
+    return all(any(rows.matches(name, pattern) for pattern in patterns) for name in names)
 
 
 def _check_word(argument: str, given: str, allowed: Sequence[str]) -> None:
@@ -307,5 +304,5 @@ def _check_names(network: Network, radii: Mapping[str, float], frozen: Collectio
         if not radius >= 0:  # nor NaN
             raise ConfigurationError(f"The declared radius of {name} is {radius}: it must be 0 or more.")
     for pattern in frozen:
-        if not any(_matches(node, [pattern]) for node in nodes):
+        if not any(rows.matches(name, pattern) for node in nodes for name in node.parameters):
             raise PatternError(f"frozen={pattern!r} matches no layer.{did_you_mean(pattern, weights)}")

@@ -271,7 +271,7 @@ _COORDINATES = {
     "flatten", "view", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "permute", "transpose", "contiguous", "clone",
     "detach", "alias", "dropout", "feature_dropout", "alpha_dropout", "slice", "select", "split", "split_with_sizes",
     "chunk", "unbind", "identity", "narrow", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "flip",
-    "_assert_tensor_metadata", "upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d",
 }  # fmt: skip
 """Operators whose output entries are each one of the input's entries, 0, or an average of some."""
 
@@ -295,6 +295,7 @@ class _Reader:
     pads: dict[str, _Pad] = field(default_factory=dict)
     storage: dict[str, str] = field(default_factory=dict)  # graph name -> the value whose memory it shares
     output: fx.Node | None = None
+    dtype: torch.dtype = torch.float32
     parameters: dict[str, str] = field(init=False)
     _path: str = ""
 
@@ -305,11 +306,15 @@ class _Reader:
         """Take in the next operator."""
         if node.op == "placeholder":
             if node.name in self.signature.user_inputs:
+                self._path, self.dtype = node.name, node.meta["val"].dtype
+                if self.dtype not in (torch.float32, torch.float64):
+                    raise NotCoveredError(node.name, f"values are {self.dtype}, whose rounding no bound counts")
                 self._add(node, Input(node.name, (), _entries(node)))
         elif node.op == "output":
             self.output = node
         elif any(source.name in self.at or source.name in self.pads for source in node.all_input_nodes):
             self._path = _path(node)
+            self._check(node)
             self._operator(node)
 
     def finish(self, head: str) -> tuple[int, Linear]:
@@ -332,6 +337,18 @@ class _Reader:
         self.nodes = self.nodes[:index]
         return last.inputs[0], last
 
+    def _check(self, node: fx.Node) -> None:
+        """Refuse what no operator may do: change the type of numbers, or write anywhere but into its own argument."""
+        if isinstance(node.target, torch._ops.OpOverload):
+            schema = node.target._schema
+            written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+            if written and (written not in (["self"], ["input"]) or not _is_in_place(schema.name)):
+                raise NotCoveredError(self._path, f"it writes into its argument {written[0]}")
+        values = node.meta.get("val")
+        for value in values if isinstance(values, (list, tuple)) else [values]:
+            if isinstance(value, Tensor) and value.dtype != self.dtype:
+                raise NotCoveredError(self._path, f"it turns {self.dtype} into {value.dtype}")
+
     # Each operator by its name, without the underscore that marks one that works in place.
 
     def _operator(self, node: fx.Node) -> None:
@@ -343,9 +360,11 @@ class _Reader:
         if not isinstance(target, torch._ops.OpOverload):
             raise NotCoveredError(self._path, f"the operator {target} is not known")
         name = target._schema.name.removeprefix("aten::")
-        inplace = name.endswith("_") and not name.startswith("__")
+        inplace = _is_in_place(target._schema.name)
         name = name.rstrip("_") if inplace else name
         values = _arguments(node)
+        if name == "_assert_tensor_metadata":  # looks at its argument and gives nothing
+            return
         if name in ACTIVATIONS:
             try:
                 lipschitz, at_zero, ceiling = ACTIVATIONS[name](values)
@@ -356,11 +375,19 @@ class _Reader:
         elif name in _COORDINATES:
             self._coordinates(node, node.all_input_nodes[0], name, values)
         elif (handler := self._handlers.get(name)) is not None:
+            self._check_axes(node, name)
             handler(self, node, values)
         else:
             raise NotCoveredError(self._path, _REASONS.get(name, f"the operator {name} is not known"))
         if inplace:
             self._overwrite(node, node.all_input_nodes[0])
+
+    def _check_axes(self, node: fx.Node, name: str) -> None:
+        """Refuse a convolution or pooling of something without axes for the examples and the channels."""
+        axes = {"1d": 3, "2d": 4}.get(name[-2:])
+        rank = node.all_input_nodes[0].meta["val"].ndim
+        if axes is not None and rank != axes:
+            raise NotCoveredError(self._path, f"{name} takes a value of {rank} axes, not examples, channels and places")
 
     def _overwrite(self, node: fx.Node, source: fx.Node) -> None:
         """From here on the source's value is the node's."""
@@ -472,6 +499,8 @@ class _Reader:
     def _pad(self, node: fx.Node, values: Mapping[str, Any]) -> None:
         source, value = values["self"], values.get("value") or 0.0
         pads, mode = list(values["pad"]), values.get("mode", "constant")
+        if len(pads) >= 2 * source.meta["val"].ndim and any(pads[-2:]):
+            raise NotCoveredError(self._path, "it pads the axis of the examples")
         self.pads[node.name] = _Pad(self._index(source), pads, mode, value)
         if mode != "constant" or value == 0:
             self._add(node, Fixed(self._path, (self._index(source),), _entries(node), 1.0))
@@ -494,9 +523,11 @@ class _Reader:
         if pad is not None and source.name not in self.at:  # padded with -inf, which no maximum takes
             if pad.value != -torch.inf:
                 raise NotCoveredError(self._path, f"padding with {pad.value}")
-            (source,) = source.all_input_nodes
+            index = pad.index
+        else:
+            index = self._index(source)
         window = torch.Size(_tuple(values["kernel_size"], dims)).numel()
-        self._add(node, MaxPool(self._path, (self._index(source),), _entries(node), window))
+        self._add(node, MaxPool(self._path, (index,), _entries(node), window))
 
     def _average(self, node: fx.Node, values: Mapping[str, Any]) -> None:
         source, dims = values["self"], node.meta["val"].ndim - 2
@@ -634,6 +665,10 @@ def _keeps_examples(name: str, values: Mapping[str, Any], before: Tensor, after:
             return bool(values["dim"] % (rank + 1))
         case _:
             return True
+
+
+def _is_in_place(name: str) -> bool:
+    return name.endswith("_") and not name.removeprefix("aten::").startswith("__")
 
 
 def _path(node: fx.Node) -> str:

@@ -28,16 +28,21 @@ class Scores:
         margins: Logit of the label less the largest other logit, (m,), float64.
         cross_entropies: In nats, (m,), float64.
         classes: c, the number of logits.
+        largest_logit: The largest absolute value of a logit.
     """
 
     margins: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
     cross_entropies: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
     classes: int = 0
+    largest_logit: float = 0.0
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Take in a batch: logits (n, c), labels (n,)."""
         logits, labels = logits.double().cpu(), labels.long().cpu()
+        if not bool(logits.isfinite().all()):
+            raise ConfigurationError("The network's logits are not finite on this sample.")
         self.classes = logits.shape[1]
+        self.largest_logit = max(self.largest_logit, float(logits.detach().abs().max()))
         own = logits.gather(1, labels[:, None]).squeeze(1)
         others = logits.scatter(1, labels[:, None], -math.inf).amax(1)
         self.margins = torch.cat((self.margins, own - others))
@@ -80,6 +85,11 @@ class Loss(ABC):
     def mean(self, scores: Scores) -> float:
         """Mean over the sample."""
         return float(self.values(scores).mean())
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether its range holds for every network; otherwise the caller vouches for the whole class."""
+        return True
 
     @property
     def lipschitz(self) -> float:
@@ -186,6 +196,7 @@ class CrossEntropy(Loss):
     name = "cross-entropy"
     slope = 1.0
     bounds_error = False
+    is_bounded = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.logit_bound) and self.logit_bound > 0):
@@ -199,5 +210,14 @@ class CrossEntropy(Loss):
         return 2 * self.logit_bound + math.log(classes - 1 + math.exp(-2 * self.logit_bound))
 
     def values(self, scores: Scores) -> Tensor:
-        """The loss of each example."""
+        """The loss of each example.
+
+        Raises:
+            ConfigurationError: A logit is beyond the bound.
+        """
+        if scores.largest_logit > self.logit_bound:
+            raise ConfigurationError(
+                f"logit_bound={self.logit_bound}, but the sample has a logit of size {scores.largest_logit:.6g}: it is"
+                " no bound."
+            )
         return scores.cross_entropies

@@ -18,6 +18,7 @@ __all__ = ["OperatorNorms", "along_rows", "batch_norm_scale", "fold", "operator_
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
 
 
@@ -70,6 +71,7 @@ def fold(convolution: nn.modules.conv._ConvNd, norm: nn.Module) -> tuple[Tensor,
     if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None or norm.running_mean is None:
         raise ConfigurationError(f"{_name(norm)} cannot be folded into a convolution: only batch norm with statistics.")
     _refuse_training(norm)
+    _refuse_other(norm, *_NORMS)
     scale = batch_norm_scale(norm.weight, norm.running_var, norm.eps).detach()
     weight, bias = convolution.weight, convolution.bias
     shift = -norm.running_mean.double() if bias is None else bias.detach().double() - norm.running_mean.double()
@@ -99,10 +101,12 @@ def _linear_map(module: nn.Module, size: tuple[int, ...]) -> tuple[LinearMap, Te
         if isinstance(first, _CONVOLUTIONS + _TRANSPOSED):
             return _convolution(first, size), fold(first, second)[0]
     if isinstance(module, nn.Linear):
+        _refuse_other(module, nn.Linear)
         _refuse(size[-1:] != (module.in_features,), module, size, f"(..., {module.in_features})")
         return Dense(torch.Size(size[:-1]).numel()), module.weight
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         _refuse_training(module)
+        _refuse_other(module, *_NORMS)
         if module.running_var is None:
             raise ConfigurationError("This batch norm keeps no running statistics, so it is not a linear map.")
         _refuse(size[:1] != (module.num_features,), module, size, f"({module.num_features}, ...)")
@@ -120,8 +124,8 @@ def _linear_map(module: nn.Module, size: tuple[int, ...]) -> tuple[LinearMap, Te
 def _convolution(module: nn.Module, size: tuple[int, ...]) -> Convolution:
     assert isinstance(module, _CONVOLUTIONS + _TRANSPOSED)
     same = _is_timm(module, "Conv2dSame")
-    if not same and not any(type(module).forward is c.forward for c in _CONVOLUTIONS + _TRANSPOSED):
-        raise ConfigurationError(f"{_name(module)} changes what a convolution does, so its linear map is not known.")
+    if not same:
+        _refuse_other(module, *_CONVOLUTIONS, *_TRANSPOSED)
     dims = len(module.kernel_size)
     fits = len(size) == dims + 1 and size[0] == module.in_channels and min(size) > 0
     _refuse(not fits, module, size, f"({module.in_channels}, {', '.join('HW'[:dims])})")
@@ -173,6 +177,8 @@ def _average(module: nn.Module, size: tuple[int, ...]) -> Separable:
         matrices = [adaptive_matrix(length, w) for length, w in zip(lengths, targets, strict=True)]
         return Separable(matrices[0], matrices[1], size[0])
     assert isinstance(module, (nn.AvgPool1d, nn.AvgPool2d))
+    if not _is_timm(module, "AvgPool2dSame"):
+        _refuse_other(module, *_AVERAGES)
     kernel, stride, padding = (_pair(v) for v in (module.kernel_size, module.stride, module.padding))
     if flat:
         kernel, stride, padding = (1, kernel[1]), (1, stride[1]), (0, padding[1])
@@ -241,6 +247,12 @@ def _name(module: nn.Module) -> str:
 def _refuse(wrong: bool, module: nn.Module, size: tuple[int, ...], wanted: str) -> None:
     if wrong:
         raise ConfigurationError(f"input_size={size} does not fit {_name(module)}: it must be {wanted}.")
+
+
+def _refuse_other(module: nn.Module, *known: type[nn.Module]) -> None:
+    """Refuse a subclass that computes something else; of timm's batch norm with an activation it is the linear part."""
+    if not any(type(module).forward is kind.forward for kind in known) and not _is_timm(module, "BatchNormAct2d"):
+        raise ConfigurationError(f"{_name(module)} changes what its base class computes: its linear map is not known.")
 
 
 def _refuse_training(module: nn.Module) -> None:
