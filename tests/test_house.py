@@ -102,6 +102,12 @@ def test_the_core_names_no_other_package(path):
     assert roots <= {*sys.stdlib_module_names, "torch", "safetensors", "tethertune"}
 
 
+@pytest.mark.parametrize("path", [path for path in FILES if path.name != "__init__.py"], **ids)
+def test_every_module_has_its_tests_at_the_same_place(path):
+    stem = path.stem.strip("_")
+    assert (Path(__file__).parent / path.parent / f"test_{stem}.py").is_file()
+
+
 def test_triton_is_imported_by_its_module_alone_and_that_only_where_it_is_needed():
     for path in FILES:
         roots = {name.split(".")[0] for name in imports(path)}

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 
 from tethertune.lab import compare, comparison_file, runs
-from tethertune.lab.comparison import Cell
 
 SEARCHED = """
 methods = ["none", "l2-pgm"]
@@ -186,10 +185,6 @@ def test_after_an_error_no_more_runs_begin(made, executor, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         compare.run(comparison, quiet=True)
     assert len(began) <= comparison.workers
-
-
-def test_a_cell_is_named_by_network_task_and_method(tiny):
-    assert Cell("resnet101", "pets", tiny(method="l2-sp"), ()).name == "resnet101 pets l2-sp"
 
 
 @pytest.mark.slow

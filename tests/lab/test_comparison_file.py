@@ -178,16 +178,6 @@ def test_flags_win_over_the_file(load):
     assert (found.workers, found.output) == (1, Path("elsewhere"))
 
 
-def test_some_tasks_alone_are_the_same_cells(load):
-    found = load(SMALL)
-    assert found.only([]) == found
-    assert found.only(["birds"]).cells == tuple(cell for cell in found.cells if cell.task == "birds")
-    with pytest.raises(
-        ConfigurationError, match=r"--task bird is not a task .* use fashion, birds\. Did you mean 'birds'"
-    ):
-        found.only(["bird"])
-
-
 def test_all_faults_are_told_at_once(load):
     told = faults(
         load,

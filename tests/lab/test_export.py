@@ -11,8 +11,8 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from tethertune.errors import ConfigurationError, MissingExtraError, RunError
-from tethertune.lab import distances, export, formats, onnx_file, runs
+from tethertune.errors import ConfigurationError, RunError
+from tethertune.lab import distances, export, formats, runs
 from tethertune.lab.training import finetune
 
 BALLS = {"method": "mars-pgm", "radius": 0.3, "head_radius": 1.0, "lr": 0.01}
@@ -276,23 +276,6 @@ class TestRefusals:
         (run.path / "run.json").write_text(json.dumps(info))
         with pytest.raises(RunError, match="is not complete"):
             export.export(run.path, "timm")
-
-    def test_without_the_packages(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(onnx_file, "find_spec", lambda name: None if name == "onnxscript" else name)
-        with pytest.raises(MissingExtraError, match="--to onnx needs onnxscript: pip install"):
-            onnx_file.write(tmp_path / "model.onnx", torch.nn.Linear(2, 2), 8, {})
-
-    def test_a_file_that_gives_other_logits(self, tmp_path):
-        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2)).eval()
-        onnx_file.write(tmp_path / "model.onnx", model, 2, {})
-        with torch.no_grad():
-            model[1].bias.add_(0.01)
-        with pytest.raises(ConfigurationError, match=r"gives logits that differ by 0.01 from PyTorch's"):
-            onnx_file._require_equal(tmp_path / "model.onnx", model, torch.rand(3, 3, 2, 2))
-        import onnx
-
-        with pytest.raises(ConfigurationError, match=r"exporter does not write 1.bias as it is"):
-            onnx_file._require_weights(onnx.load(tmp_path / "model.onnx"), model)
 
 
 class TestCard:

@@ -8,14 +8,13 @@ from dataclasses import asdict, replace
 
 import optuna
 import pytest
-from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
-from tethertune.errors import ConfigurationError, MissingExtraError, NonFiniteWeightError
+from tethertune.errors import ConfigurationError, NonFiniteWeightError
 from tethertune.lab import runs, search, studies
-from tethertune.lab.runs import RunFolder, locked
+from tethertune.lab.runs import RunFolder
 from tethertune.lab.search import SearchConfig
-from tethertune.lab.studies import SharedStudy, SteadySampler
+from tethertune.lab.studies import SharedStudy
 
 DRIVER = '''
 """Search in forked processes (so that the imports are paid once), some of which are killed: kill.py JSON."""
@@ -333,140 +332,13 @@ class TestKilled:
         assert search.trials_done(search.storage_url(tmp_path), "s") == 0
 
 
-class TestSharedStudy:
-    @pytest.fixture
-    def shared(self, tmp_path):
-        """``shared(limit, folder)``: the same study, as one of its processes sees it."""
-        url = search.storage_url(tmp_path)
-
-        def view(limit=2, folder="here"):
-            study = studies.open_study(studies.connect(url), "s", {}, direction="maximize")
-            return SharedStudy(study, limit, tmp_path / folder)
-
-        return view
-
-    def test_a_trial_is_held_by_one_and_taken_over_when_it_is_let_go(self, shared):
-        one, other = shared(), shared()
-        with one.claim() as first, other.claim() as second:
-            assert (first.number, second.number) == (0, 1)
-            with shared().claim() as third:
-                assert third is None
-            other.tell(second, 0.5, TrialState.COMPLETE)
-        with other.claim() as again:
-            assert again.number == 0
-            other.tell(again, 0.4, TrialState.COMPLETE)
-        assert [trial.value for trial in one.finished()] == [0.4, 0.5]
-        assert one.best().number == 1
-
-    def test_one_too_many_fails_and_a_larger_search_does_without_it(self, shared):
-        shared(limit=1)._add()
-        shared(limit=1)._add()
-        states = [trial.state for trial in shared().study.trials]
-        assert states == [TrialState.RUNNING, TrialState.FAIL]
-        larger = shared(limit=2)
-        with larger.claim() as first, shared(limit=2).claim() as second:
-            assert (first.number, second.number) == (0, 2)
-
-    def test_one_too_many_that_another_search_has_taken_is_left_to_it(self, shared, tmp_path):
-        shared(limit=1)._add()
-        with locked(tmp_path / "here" / "1"):
-            shared(limit=1)._add()
-        assert [trial.state for trial in shared().study.trials] == [TrialState.RUNNING] * 2
-
-    def test_what_another_folder_holds_is_left_alone(self, shared, tmp_path):
-        shared(folder="there")._add()
-        here = shared(limit=1)
-        with here.claim() as trial:
-            assert trial is None
-        assert [trial.number for trial in here.elsewhere()] == [0]
-        with shared(limit=1, folder="there").claim() as trial:
-            assert trial.number == 0
-        (tmp_path / "there").rename(tmp_path / "moved")
-        with shared(limit=1, folder="moved").claim() as trial:
-            assert trial.number == 0
-
-    def test_a_trial_that_was_ended_by_hand_stays_as_it_is(self, shared):
-        study = shared(limit=1)
-        with study.claim() as trial:
-            study.study.tell(trial.number, 1.0)
-            study.tell(trial, 0.5, TrialState.COMPLETE)
-        assert study.best().value == 1.0
-
-    def test_other_settings_are_refused(self, shared, tmp_path):
-        shared()
-        storage = studies.connect(search.storage_url(tmp_path))
-        with pytest.raises(ConfigurationError, match=r"^--study s was begun with other settings \(epochs -, now 3\)"):
-            studies.open_study(storage, "s", {"epochs": 3}, direction="maximize")
-
-
-class TestSteadySampler:
-    @pytest.fixture
-    def make_study(self):
-        """``make_study()``: always the same six finished trials."""
-
-        def make():
-            study = optuna.create_study(sampler=optuna.samplers.RandomSampler(1), direction="maximize")
-            study.optimize(lambda trial: -((trial.suggest_float("x", 1, 9, log=True) - 3) ** 2), 6)
-            return study
-
-        return make
-
-    @pytest.mark.parametrize("name", ["tpe", "random", "gp"])
-    def test_is_a_function_of_seed_number_and_trials(self, make_study, name):
-        def propose(study, seed, startup=3):
-            study.sampler = SteadySampler(name, startup=startup, seed=seed)
-            return study.ask().suggest_float("x", 1, 9, log=True)
-
-        first, used = make_study(), make_study()
-        assert propose(first, 0) == propose(make_study(), 0) != propose(make_study(), 1)
-        propose(used, 0)
-        assert propose(used, 0) == propose(first, 0)  # the next one, for both
-        assert (propose(make_study(), 0) == propose(make_study(), 0, startup=7)) == (name == "random")
-
-    def test_values_by_themselves_do_not_depend_on_their_order(self, make_study):
-        study, sampler = make_study(), SteadySampler("random", startup=1, seed=0)
-        trial, range_ = study.trials[0], FloatDistribution(1, 9)
-        first = [sampler.sample_independent(study, trial, name, range_) for name in "ab"]
-        second = [sampler.sample_independent(study, trial, name, range_) for name in "ba"]
-        assert first == second[::-1]
-        assert first[0] != first[1]
-
-    def test_what_was_proposed_before_is_not_proposed_again(self, make_study, monkeypatch):
-        study = make_study()
-        before = study.trials[2].params["x"]
-        monkeypatch.setattr(optuna.samplers.TPESampler, "sample_relative", lambda *_: {"x": before * (1 + 1e-6)})
-        study.sampler = SteadySampler("tpe", startup=3, seed=0)
-        assert study.ask().suggest_float("x", 1, 9, log=True) != pytest.approx(before, rel=1e-4)
-
-
-class TestStorage:
-    def test_how_many_trials_are_done(self, free, tmp_path):
-        url = search.storage_url(tmp_path)
-        assert search.trials_done(url, "s") == 0
-        assert not (tmp_path / "search.db").exists()
-        find(free(), trials=2, output=tmp_path)
-        assert search.trials_done(url, "s") == 2
-        assert search.trials_done(url, "other") == 0
-
-    @pytest.mark.parametrize(
-        ("url", "told"),
-        [
-            ("search.db", r"--storage search.db is no database URL: use sqlite:///FILE or postgresql"),
-            ("nosql://x", "--storage nosql://x is no database URL"),
-            ("sqlite:////nowhere/s.db", "--storage sqlite:////nowhere/s.db cannot be used: unable to open database"),
-        ],
-    )
-    def test_that_cannot_be_used(self, url, told):
-        with pytest.raises(ConfigurationError, match=told) as raised:
-            studies.connect(url)
-        assert "\n" not in str(raised.value)
-
-    def test_without_its_package(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "psycopg", None)
-        with pytest.raises(
-            MissingExtraError, match=r"--storage postgresql\+psycopg://me:\*\*\*@here/x needs a package"
-        ):
-            studies.connect("postgresql+psycopg://me:secret@here/x")
+def test_how_many_trials_are_done(free, tmp_path):
+    url = search.storage_url(tmp_path)
+    assert search.trials_done(url, "s") == 0
+    assert not (tmp_path / "search.db").exists()
+    find(free(), trials=2, output=tmp_path)
+    assert search.trials_done(url, "s") == 2
+    assert search.trials_done(url, "other") == 0
 
 
 class TestRefusals:

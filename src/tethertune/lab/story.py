@@ -55,7 +55,7 @@ class Story:
         if best is not None:
             words.append(f"best {figure(best.value, self._settings.objective)} (trial {best.number})")
         left = self._study.limit - len(trials)
-        if left:
+        if left and trials:  # none where the only one so far was ended by hand
             words.append(f"about {_duration(left * _typical_seconds(trials) / self._workers)} left")
         self._display.say(f"[{len(trials)}/{self._study.limit}] {', '.join(words)}")
         return told

@@ -1,8 +1,6 @@
 import json
-from importlib import resources
 
 from tethertune.lab import runs
-from tethertune.lab.methods import METHODS
 from tethertune.lab.report import charts, drawing
 from tethertune.lab.report.grouping import compare
 
@@ -74,15 +72,6 @@ def test_methods_keep_their_colour_and_groups_of_one_method_differ_in_dashes(dem
 
     assert [key.colour for key in legend].count(drawing.colour("none")) == 2
     assert len({(key.colour, tuple(key.dash)) for key in legend}) == len(legend)
-    assert drawing.colour("mars-pgm") == "var(--method-mars-pgm)"
-    assert drawing.colour("of a later version") == "var(--method-other)"
-
-
-def test_every_method_has_a_light_and_a_dark_colour():
-    style = resources.files("tethertune.lab.report").joinpath("templates", "style.css").read_text()
-
-    for method in [*METHODS, "other"]:
-        assert style.count(f"--method-{method}:") == 2
 
 
 def test_what_has_no_data_is_not_drawn(folders):

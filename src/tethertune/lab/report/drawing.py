@@ -89,12 +89,13 @@ def tint(keys: Iterable[Key]) -> alt.Color:
 
 
 def legend(series: Mapping[str, str]) -> list[Key]:
-    """An entry for each label, whose method gives the colour; those of one method differ in their dashes."""
+    """An entry for each label, whose method gives the colour; those of one colour differ in their dashes."""
     seen: dict[str, int] = {}
     keys = []
     for label, method in series.items():
-        place = seen[method] = seen.get(method, -1) + 1
-        keys.append(Key(label, colour(method), DASHES[place % len(DASHES)]))
+        shade = colour(method)
+        place = seen[shade] = seen.get(shade, -1) + 1
+        keys.append(Key(label, shade, DASHES[place % len(DASHES)]))
     return keys
 
 

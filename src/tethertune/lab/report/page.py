@@ -51,7 +51,7 @@ def _environment() -> Environment:
 
 def _plain(text: str) -> str:
     """Text that Markdown takes for text, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_~\[\]<>|&])", r"\\\1", " ".join(text.split()))
 
 
 def _script_json(value: object) -> Markup:

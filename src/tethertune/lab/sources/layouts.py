@@ -75,11 +75,13 @@ def flowers(folder: Path) -> Layout:
     (labels,) = _matlab(root / "imagelabels.mat", "labels")
     numbers = _matlab(root / "setid.mat", "trnid", "valid", "tstid")
     names = _flower_names()
-    if max(of_split.max() for of_split in numbers) > len(labels) or not 1 <= labels.min() <= labels.max() <= len(names):
+    chosen = np.concatenate(numbers)
+    fits = all(map(len, numbers)) and len(labels) and 1 <= chosen.min() <= chosen.max() <= len(labels)
+    if not (fits and 1 <= labels.min() <= labels.max() <= len(names)):
         raise DataError(f"imagelabels.mat and setid.mat in {root} do not go together: fetch both again.")
     parts = [
-        _Part(split, "setid.mat", [(f"jpg/image_{number:05}.jpg", names[labels[number - 1] - 1]) for number in chosen])
-        for split, chosen in zip(_SPLITS, numbers, strict=True)
+        _Part(split, "setid.mat", [(f"jpg/image_{number:05}.jpg", names[labels[number - 1] - 1]) for number in members])
+        for split, members in zip(_SPLITS, numbers, strict=True)
     ]
     classes = tuple(names[number - 1] for number in sorted(set(labels.tolist())))
     return _listed(root, parts, classes, "imagelabels.mat")
@@ -224,7 +226,7 @@ def _listed(root: Path, parts: Sequence[_Part], classes: tuple[str, ...], *lists
 
 def _sorted(root: Path, pairs: Sequence[tuple[str, str]], lists: tuple[str, ...] = ()) -> Layout:
     """The layout of a data set without splits, from each image and its class; capitals do not matter to their order."""
-    classes = tuple(sorted({name for _, name in pairs}, key=str.casefold))
+    classes = tuple(sorted({name for _, name in pairs}, key=lambda name: (name.casefold(), name)))
     number = {name: label for label, name in enumerate(classes)}
     labels = np.array([number[name] for _, name in pairs], np.int64)
     return Layout(root, tuple(image for image, _ in pairs), classes, labels, {}, lists)
