@@ -2,6 +2,9 @@
 
 import copy
 import math
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +75,23 @@ def test_a_body_that_has_not_moved_is_run_once_and_gives_the_trained_heads_logit
     own = logits.gather(1, labels[:, None]).squeeze(1)
     margins = own - logits.scatter(1, labels[:, None], -math.inf).amax(1)
     assert found.scores.margins.tolist() == pytest.approx(margins.tolist(), abs=1e-6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
+def test_memory_does_not_grow_with_the_sample():
+    """Nothing small may outlive a batch: in the memory that its images leave, it keeps the next from fitting."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.AvgPool2d(32), nn.Flatten(), nn.Linear(48, 3)).eval()
+    network = trace(model, torch.zeros(16, 3, 128, 128), head="2")
+    used = []
+
+    def batches():
+        for count in range(60):
+            used.append(int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]))
+            yield torch.full((16, 3, 128, 128), float(count)), torch.zeros(16, dtype=torch.long)
+
+    observe(network, model, tensors(model), batches())
+    assert used[-1] - used[20] < 10 * 16 * 3 * 128 * 128 * 4 / 1024
 
 
 def test_repeated_images_are_counted_once_wherever_they_are():

@@ -7,6 +7,7 @@ gives networks of the class; the mean over draws of what they reach is a lower b
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from tethertune.theory import ClippedCrossEntropy, Ramp
 from tethertune.theory.case import Case
 from tethertune.theory.classes import NetworkClass, measure
 from tethertune.theory.graph import trace
-from tethertune.theory.losses import Scores
 from tethertune.theory.propagation import Ball, Distance, Perturbation, Product, walk
 from tethertune.theory.sample import observe, tensors
 
@@ -207,9 +207,10 @@ def test_no_head_of_the_class_exceeds_the_bound(loss, bias):
 
     def value(weights, rows, shift, signs):
         functional_call(model, weights, (images,))
-        scores = Scores()
-        scores.add(features["x"] @ rows.T + shift, labels)
-        return (signs * loss.values(scores)).mean()
+        logits = features["x"] @ rows.T + shift
+        own, other = (logits.gather(1, each[:, None]).squeeze(1) for each in (labels, 1 - labels))
+        entropies = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return (signs * loss.values(SimpleNamespace(margins=own - other, cross_entropies=entropies))).mean()
 
     reached = []
     for _ in range(DRAWS):

@@ -71,21 +71,25 @@ class Draws:
         self._squares = torch.zeros(classes, size, dtype=torch.float64, device=device)
         self._largest = 0.0
         self._generator = torch.Generator().manual_seed(0)
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._features = torch.empty(_CHUNK, size, dtype=torch.float64, device=device)
+        self._labels = torch.empty(_CHUNK, dtype=torch.long, device=device)
+        self._waiting = 0
 
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Take in a batch: features (n, d), labels (n,)."""
-        self._waiting.append((features.detach().clone(), labels.to(features.device)))
-        while sum(len(batch) for batch, _ in self._waiting) >= _CHUNK:
-            features, labels = self._joined()
-            self._waiting = [(features[_CHUNK:], labels[_CHUNK:])]
-            self._draw(features[:_CHUNK], labels[:_CHUNK])
+        while len(features):
+            end = min(self._waiting + len(features), _CHUNK)
+            taken = end - self._waiting
+            self._features[self._waiting : end] = features[:taken].detach()
+            self._labels[self._waiting : end] = labels[:taken]
+            features, labels, self._waiting = features[taken:], labels[taken:], end
+            if end == _CHUNK:
+                self._draw()
 
-    def _joined(self) -> tuple[Tensor, Tensor]:
-        return torch.cat([batch for batch, _ in self._waiting]), torch.cat([labels for _, labels in self._waiting])
-
-    def _draw(self, features: Tensor, labels: Tensor) -> None:
-        features, signs = features.double(), self._signs(len(features)).to(features.device)
+    def _draw(self) -> None:
+        features, labels = self._features[: self._waiting], self._labels[: self._waiting]
+        signs = self._signs(self._waiting).to(features.device)
+        self._waiting = 0
         for label in set(labels.tolist()):
             own = labels == label
             self._sums[label] += (2 * signs[own].double() - 1).T @ features[own]
@@ -100,9 +104,8 @@ class Draws:
 
     def result(self) -> FrozenFeatures:
         """What all batches so far give."""
-        if any(len(batch) for batch, _ in self._waiting):
-            self._draw(*self._joined())
-            self._waiting = []
+        if self._waiting:
+            self._draw()
         classes, count, size = self._sums.shape
         drawn = classes * self._sums.sum(0).abs().amax(1) + self._sums.abs().amax(2).sum(0)
         roots = classes * self._squares.sum(0).amax().sqrt() + self._squares.amax(1).sqrt().sum()

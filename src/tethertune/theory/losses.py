@@ -8,7 +8,8 @@ gives.
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from array import array
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,40 +21,53 @@ from tethertune.theory.bounds import positive
 __all__ = ["ClippedCrossEntropy", "CrossEntropy", "Loss", "Ramp", "Scores"]
 
 
-@dataclass
 class Scores:
     """What the losses need to know of a network's logits on a sample.
 
     Attributes:
-        margins: Logit of the label less the largest other logit, (m,), float64.
-        cross_entropies: In nats, (m,), float64.
         classes: c, the number of logits.
         largest_logit: The largest absolute value of a logit.
     """
 
-    margins: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
-    cross_entropies: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
-    classes: int = 0
-    largest_logit: float = 0.0
+    def __init__(self) -> None:
+        self.classes = 0
+        self.largest_logit = 0.0
+        self._margins, self._cross_entropies = array("d"), array("d")
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Take in a batch: logits (n, c), labels (n,)."""
-        logits, labels = logits.double().cpu(), labels.long().cpu()
+        """Take in a batch: logits (n, c), labels (n,).
+
+        Raises:
+            ConfigurationError: A logit that is not finite.
+        """
+        logits, labels = logits.detach().double().cpu(), labels.long().cpu()
         if not bool(logits.isfinite().all()):
             raise ConfigurationError("The network's logits are not finite on this sample.")
         self.classes = logits.shape[1]
-        self.largest_logit = max(self.largest_logit, float(logits.detach().abs().max()))
+        self.largest_logit = max(self.largest_logit, float(logits.abs().max()))
         own = logits.gather(1, labels[:, None]).squeeze(1)
         others = logits.scatter(1, labels[:, None], -math.inf).amax(1)
-        self.margins = torch.cat((self.margins, own - others))
-        self.cross_entropies = torch.cat(
-            (self.cross_entropies, functional.cross_entropy(logits, labels, reduction="none"))
-        )
+        self._margins.extend((own - others).tolist())
+        self._cross_entropies.extend(functional.cross_entropy(logits, labels, reduction="none").tolist())
+
+    @property
+    def margins(self) -> Tensor:
+        """Logit of the label less the largest other logit, (m,), float64."""
+        return _tensor(self._margins)
+
+    @property
+    def cross_entropies(self) -> Tensor:
+        """In nats, (m,), float64."""
+        return _tensor(self._cross_entropies)
 
     @property
     def error(self) -> float:
         """Share of mistakes; a tie is one."""
         return float((self.margins <= 0).double().mean())
+
+
+def _tensor(values: "array[float]") -> Tensor:
+    return torch.frombuffer(values, dtype=torch.float64).clone() if values else torch.empty(0, dtype=torch.float64)
 
 
 class Loss(ABC):

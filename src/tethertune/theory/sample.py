@@ -67,7 +67,7 @@ def observe(
     body = {name: reference[name] for node in network.linears.values() for name in node.parameters}
     reader = _Reader(network, {**network.constants, **own, **body})
     moved = any(not torch.equal(own[name], tensor) for name, tensor in body.items())
-    sample, hashes, counts, draws = Sample(), [], Counter[int](), None
+    sample, hashes, counts, draws = Sample(), set[int](), Counter[int](), None
     device = next(iter(model.parameters())).device
     squares: Tensor | None = None
     for images, labels in batches:
@@ -92,12 +92,12 @@ def observe(
         sample.input_sup = max(sample.input_sup, float(flat.abs().amax()))
         sample.input_norm = max(sample.input_norm, float(flat.norm(dim=1).amax()))
         squares = _plus_squares(squares, images)
-        hashes.append(_hash(images))
+        hashes.update(_hash(images).tolist())
     if sample.size == 0 or squares is None or draws is None:
         raise ConfigurationError("There are no training examples: a certificate is about the sample it was trained on.")
     sample.log_input = _log_root(squares, "the input")
     sample.log_features = {name: _log_root(total, name) for name, total in reader.squares.items()}
-    sample.distinct = len(torch.unique(torch.cat(hashes)))
+    sample.distinct = len(hashes)
     sample.frozen = draws.result()
     sample.root_counts = math.fsum(math.sqrt(count) for count in counts.values())
     return sample
