@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from tethertune.theory.activations import ACTIVATIONS
-from tethertune.theory.graph import Elementwise, trace
+from tethertune.theory.graph import trace
+from tethertune.theory.nodes import Elementwise
 
 torch.set_num_threads(1)
 

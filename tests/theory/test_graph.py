@@ -5,18 +5,8 @@ from torch.nn import functional
 
 from tethertune.errors import ConfigurationError
 from tethertune.theory import operator_norms
-from tethertune.theory.graph import (
-    Concat,
-    Elementwise,
-    Fixed,
-    Input,
-    Linear,
-    MaxPool,
-    NotCoveredError,
-    Shift,
-    Sum,
-    trace,
-)
+from tethertune.theory.graph import trace
+from tethertune.theory.nodes import Concat, Elementwise, Fixed, Input, Linear, MaxPool, NotCoveredError, Shift, Sum
 from tethertune.theory.sample import tensors
 
 torch.set_num_threads(1)
@@ -177,17 +167,6 @@ def test_padding_belongs_to_the_convolution(mode):
     weight, _ = node.folded(tensors(layer) | {"other.weight": layer.weight, "other.bias": layer.bias})
     assert node.geometry.mars(weight) == operator_norms(layer, (4, 8, 8)).mars
     assert node.inputs == (1,)
-
-
-def test_folded_weights_are_those_of_the_network():
-    torch.manual_seed(0)
-    model = Net(lambda m, x: m.norm(x), norm=nn.BatchNorm2d(4)).eval()
-    for tensor in (model.norm.running_mean, model.norm.weight.data, model.norm.bias.data):
-        tensor.normal_()
-    network = trace(model, IMAGES, head="fc")
-    weight, bias = network.nodes[1].folded(tensors(model))
-    x = torch.randn(2, 3, 8, 8)
-    torch.testing.assert_close(functional.conv2d(x, weight.float(), bias.float(), padding=1), model.norm(model.conv(x)))
 
 
 def test_logits_that_grow_after_the_head_are_refused_and_others_are_not():

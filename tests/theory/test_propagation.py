@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tethertune.theory import calculus
-from tethertune.theory.graph import Concat, Elementwise, Fixed, Input, Linear, MaxPool, Network, Shift, Sum
 from tethertune.theory.maps import Dense
+from tethertune.theory.nodes import Concat, Elementwise, Fixed, Input, Linear, MaxPool, Network, Shift, Sum
 from tethertune.theory.propagation import Ball, Distance, Moved, Perturbation, Product, walk
 
 torch.set_num_threads(1)

@@ -14,7 +14,8 @@ from timm.layers import AvgPool2dSame, BatchNormAct2d, Conv2dSame
 
 from tethertune import theory
 from tethertune.theory import NotCoveredError, certify, measurements, operator_norms
-from tethertune.theory.graph import MaxPool, trace
+from tethertune.theory.graph import trace
+from tethertune.theory.nodes import MaxPool
 from tethertune.theory.sample import tensors
 
 torch.set_num_threads(2)

@@ -4,9 +4,10 @@ from tethertune.theory import calculus, certificate, comparators, grid, printed
 from tethertune.theory.bounds import Bound, Layer
 from tethertune.theory.certify import Certificate, LayerReport, certify
 from tethertune.theory.checklist import Check, Facts
-from tethertune.theory.graph import Network, NotCoveredError, trace
+from tethertune.theory.graph import trace
 from tethertune.theory.losses import ClippedCrossEntropy, CrossEntropy, Ramp
 from tethertune.theory.measurements import LayerMeasurement, measurements
+from tethertune.theory.nodes import Network, NotCoveredError
 from tethertune.theory.operators import OperatorNorms, operator_norms
 
 __all__ = [

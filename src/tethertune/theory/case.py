@@ -9,9 +9,9 @@ from torch import Tensor
 from tethertune.theory import calculus, printed
 from tethertune.theory.bounds import Bound, Layer, log, log_sum, to_log10
 from tethertune.theory.classes import NetworkClass
-from tethertune.theory.graph import Network
 from tethertune.theory.losses import Loss
 from tethertune.theory.maps import OperatorNorms
+from tethertune.theory.nodes import Network
 from tethertune.theory.propagation import Ball, Distance, Perturbation, Product, walk
 from tethertune.theory.sample import Sample
 

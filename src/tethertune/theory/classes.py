@@ -16,8 +16,8 @@ from torch import Tensor
 from tethertune import rows
 from tethertune.errors import ConfigurationError, PatternError, ReferenceMismatchError, did_you_mean
 from tethertune.theory import grid
-from tethertune.theory.graph import Linear, Network
 from tethertune.theory.maps import Convolution
+from tethertune.theory.nodes import Linear, Network
 from tethertune.theory.propagation import Ball
 
 __all__ = ["Measured", "Mode", "NetworkClass", "Sharing", "choose", "measure"]

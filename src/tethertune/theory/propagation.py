@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 from tethertune.theory import calculus
 from tethertune.theory.bounds import log, log_sum
 from tethertune.theory.calculus import Tail
-from tethertune.theory.graph import Concat, Elementwise, Fixed, Input, Linear, MaxPool, Network, Node, Shift, Sum
+from tethertune.theory.nodes import Concat, Elementwise, Fixed, Input, Linear, MaxPool, Network, Node, Shift, Sum
 
 __all__ = ["Ball", "Distance", "Perturbation", "Product", "walk"]
 

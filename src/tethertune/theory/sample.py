@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from tethertune.errors import ConfigurationError
 from tethertune.theory.frozen import Draws, FrozenFeatures
-from tethertune.theory.graph import Network
 from tethertune.theory.losses import Scores
+from tethertune.theory.nodes import Network
 
 __all__ = ["Sample", "observe", "tensors"]
 
