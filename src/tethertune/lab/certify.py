@@ -25,6 +25,7 @@ from tethertune.lab import (
     distances,
     files,
     inputs,
+    machine,
     models,
     regularisers,
     runs,
@@ -183,6 +184,7 @@ def _images(name: str, subject: _Subject, cache: str | Path | None) -> data.Data
 def _certify(
     subject: _Subject, dataset: data.Dataset, loss: Ramp | ClippedCrossEntropy, delta: float, mode: ModeName
 ) -> Certificate:
+    machine.keep_memory()
     loaded, declared = subject.trained, subject.declared
     bound = max(max(mean, 1 - mean) / std for mean, std in zip(loaded.mean, loaded.std, strict=True))
     radii = {name: radius for name, radius in declared.radii.items() if mode == "declared" or radius == 0}

@@ -45,10 +45,11 @@ def versions() -> dict[str, str]:
 
 
 def keep_memory() -> None:
-    """Let the C library keep freed memory, for the next training step asks for as much again.
+    """Let the C library keep freed memory, for the next batch asks for as much again.
 
-    glibc gives it back to the system otherwise, and every step waits for each page of its activations anew: 15 % of the
-    time of small networks on a CPU. From then on the process holds its peak. Other C libraries are left as they are.
+    glibc gives it back to the system otherwise, and every batch waits for each page of its activations anew: 15 % of
+    the time of training small networks on a CPU, half of that of a certificate. From then on the process holds its
+    peak. Other C libraries are left as they are.
     """
     with suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
